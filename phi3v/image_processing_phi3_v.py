@@ -1,0 +1,241 @@
+"""Phi3VImageProcessor: the HD transform, which turns an image of any size into 336 x 336 crops, without torchvision."""
+
+import math
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers.image_processing_base import BatchFeature
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from transformers.utils import TensorType
+
+WHITE = (255, 255, 255)
+# A page at num_crops 16 gives 17 crops. The official processor takes any number; both models were trained up to 16.
+MAX_NUM_CROPS = 16
+
+
+def hd_size(width: int, height: int, num_crops: int, crop_size: int = 336) -> tuple[int, int]:
+    """Size an image is resized to before it is padded to whole crops.
+
+    The longer side becomes the largest whole number of crops for which the image still fits into `num_crops` crops.
+
+    Args:
+        width, height (int): size of the image, in pixels.
+        num_crops (int): most crops the image may take, without the global view.
+        crop_size (int): side of a crop, in pixels.
+
+    Returns:
+        tuple[int, int]: width and height in pixels, the shorter one at least 1: an image so thin that it would round to
+        0 (3000 x 1 pixels at num_crops 4) keeps one row, where the official code fails.
+    """
+    ratio = max(width, height) / min(width, height)
+    scale = 1
+    while (scale + 1) * math.ceil((scale + 1) / ratio) <= num_crops:
+        scale += 1
+    long_side = scale * crop_size
+    short_side = max(1, int(long_side / ratio))
+    return (long_side, short_side) if width >= height else (short_side, long_side)
+
+
+def padded_size(width: int, height: int, crop_size: int = 336) -> tuple[int, int]:
+    """Smallest whole number of crops that holds `width` x `height` pixels, in pixels."""
+    return math.ceil(width / crop_size) * crop_size, math.ceil(height / crop_size) * crop_size
+
+
+def count_image_tokens(height: int, width: int, crop_size: int = 336, tokens_per_side: int = 12) -> int:
+    """Image tokens of an image of `height` x `width` pixels after the HD transform (its `image_sizes` entry).
+
+    Every crop gives `tokens_per_side`**2 tokens, the global view too; each row of the assembled map ends with one
+    separator, and one more stands between the map and the global view.
+    """
+    rows, columns = height // crop_size, width // crop_size
+    return (rows * columns + 1) * tokens_per_side**2 + 1 + (rows + 1) * tokens_per_side
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An RGB copy of a PIL image of any mode.
+
+    As in the official processor: `Image.convert("RGB")`, which drops alpha rather than compositing it. 16-bit greyscale,
+    which PIL would clip to white, keeps its 8 high bits. The first frame of an animation is used. EXIF orientation is
+    not applied here, as in the official processor: apply `PIL.ImageOps.exif_transpose` when the file is opened.
+    """
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def to_pil(image) -> Image.Image:
+    """An RGB PIL image of a PIL image, NumPy array or torch tensor.
+
+    Args:
+        image: a PIL image, or an array / tensor of shape (H, W), (H, W, C) or (C, H, W) with C = 1, 3 or 4; integers
+            are 0..255, floating point numbers 0..1.
+
+    Raises:
+        TypeError: if it is something else.
+        ValueError: if the shape or the range of the values does not fit, or if a side has 0 pixels.
+    """
+    if not isinstance(image, Image.Image):
+        image = _array_to_pil(image)
+    if not all(image.size):
+        raise ValueError(f"image of {image.width} x {image.height} pixels: expected at least 1 pixel on each side")
+    return to_rgb(image)
+
+
+def _array_to_pil(image) -> Image.Image:
+    if isinstance(image, torch.Tensor):
+        image = image.detach().cpu()
+        image = (image.float() if image.dtype == torch.bfloat16 else image).numpy()
+    if not isinstance(image, np.ndarray):
+        raise TypeError(f"expected a PIL image, NumPy array or torch tensor, found {type(image).__name__}")
+    if image.ndim == 3 and image.shape[0] in (1, 3, 4) and image.shape[-1] not in (1, 3, 4):
+        image = image.transpose(1, 2, 0)
+    if not (image.ndim == 2 or (image.ndim == 3 and image.shape[-1] in (1, 3, 4))):
+        raise ValueError(f"image array of shape {image.shape}: expected (H, W), (H, W, C) or (C, H, W), C = 1, 3 or 4")
+    if 0 in image.shape:
+        raise ValueError(f"image array of shape {image.shape}: expected at least 1 pixel on each side")
+    low, high = image.min(), image.max()
+    limit = 1 if np.issubdtype(image.dtype, np.floating) else 255
+    if not (low >= 0 and high <= limit):
+        raise ValueError(f"image values {low:g}..{high:g} of dtype {image.dtype}: expected 0..{limit}")
+    if limit == 1:
+        image = (image * 255).round()
+    image = image.astype(np.uint8)
+    return Image.fromarray(image[..., 0] if image.ndim == 3 and image.shape[-1] == 1 else image)
+
+
+class Phi3VImageProcessor(BaseImageProcessor):
+    """Turns images into the normalised crops that Phi-3-vision reads: a global view, then the HD crops row by row.
+
+    The HD image is equal to the official one byte for byte, the crops and the global view bit for bit.
+
+    Args:
+        num_crops (int): most HD crops of an image, 1 to 16; the official advice is 16 for one image and 4 for several.
+        image_mean, image_std (list[float]): per channel, for values in 0..1.
+        num_img_tokens (int): image tokens of one crop, 144 = 12 x 12.
+        crop_size (int): side of a crop in pixels, `vision_config.image_size` of the model.
+        do_convert_rgb (bool): kept for the official file; images are always converted.
+
+    Source: https://huggingface.co/microsoft/Phi-3.5-vision-instruct (preprocessor_config.json)
+    """
+
+    model_input_names = ["pixel_values", "image_sizes"]
+
+    def __init__(
+        self,
+        num_crops: int = 4,
+        image_mean: list[float] | None = None,
+        image_std: list[float] | None = None,
+        num_img_tokens: int = 144,
+        crop_size: int = 336,
+        do_convert_rgb: bool = True,
+        **kwargs,
+    ):
+        # The official file names remote code there.
+        kwargs.pop("auto_map", None)
+        super().__init__(**kwargs)
+        self.num_crops = num_crops
+        self.image_mean = list(image_mean or OPENAI_CLIP_MEAN)
+        self.image_std = list(image_std or OPENAI_CLIP_STD)
+        self.num_img_tokens = num_img_tokens
+        self.crop_size = crop_size
+        self.do_convert_rgb = do_convert_rgb
+        self._check_num_crops(num_crops)
+
+    @staticmethod
+    def _check_num_crops(num_crops):
+        if not isinstance(num_crops, int) or not 1 <= num_crops <= MAX_NUM_CROPS:
+            raise ValueError(f"num_crops is {num_crops!r}: expected a whole number from 1 to {MAX_NUM_CROPS}")
+
+    def calc_num_image_tokens_from_image_size(self, width: int, height: int, num_crops: int | None = None) -> int:
+        """Image tokens of a `width` x `height` image, known without decoding it (same name as the official method)."""
+        resized = hd_size(width, height, num_crops or self.num_crops, self.crop_size)
+        padded_width, padded_height = padded_size(*resized, self.crop_size)
+        return count_image_tokens(padded_height, padded_width, self.crop_size, math.isqrt(self.num_img_tokens))
+
+    def hd_transform(self, image, num_crops: int | None = None) -> np.ndarray:
+        """The HD image: resized (bilinear, antialiased) and padded with white above and below, or left and right.
+
+        Args:
+            image: PIL image, NumPy array or torch tensor, see `to_pil`.
+            num_crops (int, optional): most crops, instead of the processor's own.
+
+        Returns:
+            np.ndarray: uint8, (H, W, 3), H and W multiples of the crop size.
+        """
+        image = to_pil(image)
+        width, height = hd_size(*image.size, num_crops or self.num_crops, self.crop_size)
+        if image.width >= image.height:
+            image = image.resize((width, height), Image.Resampling.BILINEAR)
+        else:
+            # The official code transposes a portrait image, so that its vertical pass comes first; PIL's own order
+            # differs by up to 2 levels. Two one-way passes give the same bytes without the two transposes.
+            image = image.resize((image.width, height), Image.Resampling.BILINEAR)
+            image = image.resize((width, height), Image.Resampling.BILINEAR)
+        full_width, full_height = padded_size(width, height, self.crop_size)
+        if (full_width, full_height) != (width, height):
+            canvas = Image.new("RGB", (full_width, full_height), WHITE)
+            canvas.paste(image, ((full_width - width) // 2, (full_height - height) // 2))
+            image = canvas
+        return np.asarray(image)
+
+    def preprocess(
+        self,
+        images,
+        num_crops: int | None = None,
+        return_tensors: str | TensorType | None = TensorType.PYTORCH,
+        **kwargs,
+    ) -> BatchFeature:
+        """Preprocesses one image or any nesting of lists of images.
+
+        Args:
+            images: PIL images, NumPy arrays or torch tensors, see `to_pil`.
+            num_crops (int, optional): most HD crops of an image, instead of the processor's own.
+            return_tensors (str, optional): "pt" (the default) or "np".
+
+        Returns:
+            BatchFeature: pixel_values, float32, (total crops, 3, crop size, crop size), for each image its global view
+            and then its HD crops row by row; image_sizes, int64, (images, 2), height and width of each HD image in
+            pixels; num_img_tokens, list[int], image tokens of each image.
+
+        Raises:
+            ValueError: if `num_crops` is out of range or an image cannot be used.
+        """
+        num_crops = self.num_crops if num_crops is None else num_crops
+        self._check_num_crops(num_crops)
+        crops, sizes = [], []
+        for image in _flatten(images):
+            image_crops, size = self._crop(self.hd_transform(image, num_crops))
+            crops.append(image_crops)
+            sizes.append(size)
+        side = math.isqrt(self.num_img_tokens)
+        data = {
+            "pixel_values": torch.cat(crops),
+            "image_sizes": torch.tensor(sizes, dtype=torch.long),
+            "num_img_tokens": [count_image_tokens(height, width, self.crop_size, side) for height, width in sizes],
+        }
+        if return_tensors is not None and TensorType(return_tensors) == TensorType.NUMPY:
+            data = {key: np.asarray(value) for key, value in data.items()}
+        return BatchFeature(data)
+
+    def _crop(self, image: np.ndarray) -> tuple[torch.Tensor, tuple[int, int]]:
+        height, width, _ = image.shape
+        rows, columns, side = height // self.crop_size, width // self.crop_size, self.crop_size
+        # (H, W, 3) -> (1, 3, H, W); the same three operations as the official transforms, in the same order
+        pixels = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))).float()[None].div_(255)
+        pixels.sub_(torch.tensor(self.image_mean).view(1, 3, 1, 1)).div_(torch.tensor(self.image_std).view(1, 3, 1, 1))
+        crops = torch.empty(1 + rows * columns, 3, side, side)
+        crops[:1] = torch.nn.functional.interpolate(pixels, size=(side, side), mode="bicubic")
+        tiles = pixels.view(3, rows, side, columns, side).permute(1, 3, 0, 2, 4)
+        crops[1:].view(rows, columns, 3, side, side).copy_(tiles)
+        return crops, (height, width)
+
+
+def _flatten(images) -> list:
+    if isinstance(images, (list, tuple)):
+        return [image for group in images for image in _flatten(group)]
+    return [images]
+
+
+__all__ = ["Phi3VImageProcessor"]

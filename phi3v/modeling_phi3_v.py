@@ -1,0 +1,422 @@
+"""Phi-3-vision and Phi-3.5-vision, composed from transformers' own CLIP and Phi3 classes.
+
+Image features take the place of the `<|image|>` tokens in the input embeddings of a Phi3 language model. Shapes below:
+B rows, N tokens, C crops over the whole batch, S pixels a crop side, T image tokens over the whole batch, V vocabulary.
+"""
+
+import torch
+from torch import nn
+from transformers import GenerationMixin
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.models.clip.modeling_clip import CLIPVisionModel
+from transformers.models.phi3.modeling_phi3 import Phi3Model, Phi3PreTrainedModel, Phi3RotaryEmbedding
+from transformers.utils import can_return_tuple
+
+from .configuration_phi3_v import Phi3VConfig
+from .image_processing_phi3_v import count_image_tokens
+
+IGNORE_INDEX = -100
+
+
+class Phi3VRotaryEmbedding(nn.Module):
+    """Rotary position embedding whose long or short factors are chosen for each sequence by itself.
+
+    transformers' own class chooses once for the whole batch, so that a long neighbour, or padding, would change the
+    result of a short row. It also keeps its frequencies in buffers, which `model.bfloat16()` (DeepSpeed calls it)
+    would round; here they are float32 always.
+    """
+
+    def __init__(self, config: Phi3VConfig):
+        super().__init__()
+        self.config = config
+        self._frequencies = {}
+
+    def _inverse_frequencies(self, device) -> tuple[torch.Tensor, torch.Tensor, float]:
+        if device not in self._frequencies:
+            if self.config.rope_parameters["rope_type"] == "default":
+                short, scaling = Phi3RotaryEmbedding.compute_default_rope_parameters(self.config, device)
+                long = short
+            else:
+                longrope = ROPE_INIT_FUNCTIONS[self.config.rope_parameters["rope_type"]]
+                limit = self.config.original_max_position_embeddings
+                short, scaling = longrope(self.config, device, seq_len=limit)
+                long, _ = longrope(self.config, device, seq_len=limit + 1)
+            self._frequencies[device] = short.float(), long.float(), scaling
+        return self._frequencies[device]
+
+    @torch.no_grad()
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines, (B, N, head_dim), in the dtype of `x`, for `position_ids` (B, N).
+
+        A run of consecutive positions is one sequence: a row, one of several packed into a row, or the tokens that
+        are added to a cache. It takes the long factors if its last position is past the original 4096.
+        """
+        short, long, scaling = self._inverse_frequencies(x.device)
+        run = nn.functional.pad(position_ids.diff(dim=-1) != 1, (1, 0)).cumsum(-1)
+        last = torch.zeros_like(position_ids).scatter_reduce(-1, run, position_ids, "amax").gather(-1, run)
+        is_long = last >= self.config.original_max_position_embeddings
+        # A disabled autocast: under fp16 or bf16 the product below would be rounded.
+        with torch.autocast(x.device.type, enabled=False):
+            angles = position_ids[..., None].float() * torch.where(is_long[..., None], long, short)
+            angles = torch.cat((angles, angles), dim=-1)
+            return (angles.cos() * scaling).to(x.dtype), (angles.sin() * scaling).to(x.dtype)
+
+
+class Phi3VVisionTower(nn.Module):
+    """Holds CLIP one level deeper: the official weights are named `vision_model.*`, a level that transformers 5 dropped."""
+
+    def __init__(self, config: Phi3VConfig):
+        super().__init__()
+        self.vision_model = CLIPVisionModel(config.vision_config)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Patch features of the last layer but one, without the class token: (C, 3, S, S) -> (C, patches, width).
+
+        The last layer and `post_layernorm` are never run: nothing reads them.
+        """
+        clip = self.vision_model
+        hidden_states = clip.pre_layrnorm(clip.embeddings(pixel_values))
+        for layer in clip.encoder.layers[:-1]:
+            hidden_states = layer(hidden_states, attention_mask=None)
+        return hidden_states[:, 1:]
+
+
+class Phi3VImageEmbedding(nn.Module):
+    """Crops -> image features in the language model's width."""
+
+    def __init__(self, config: Phi3VConfig):
+        super().__init__()
+        self.crop_size = config.vision_config.image_size
+        self.side = config.crop_tokens_per_side
+        merged = 4 * config.vision_config.hidden_size
+        self.img_processor = Phi3VVisionTower(config)
+        self.glb_GN = nn.Parameter(torch.zeros(1, 1, merged))
+        self.sub_GN = nn.Parameter(torch.zeros(1, 1, 1, merged))
+        self.img_projection = nn.Sequential(
+            nn.Linear(merged, config.hidden_size), nn.GELU(), nn.Linear(config.hidden_size, config.hidden_size)
+        )
+
+    def forward(self, pixel_values: torch.Tensor, image_sizes: torch.Tensor) -> torch.Tensor:
+        """Features of all images of a batch, one after the other.
+
+        Args:
+            pixel_values (torch.Tensor): normalised crops, floating point, (C, 3, S, S), for each image its global view
+                and then its HD crops row by row; or (images, most crops, 3, S, S), padded, the official layout.
+            image_sizes (torch.Tensor): height and width of each HD image in pixels, int, (images, 2).
+
+        Returns:
+            torch.Tensor: (T, hidden_size).
+
+        Raises:
+            TypeError: if the pixels are not floating point.
+            ValueError: if shapes, sizes and number of crops do not fit each other.
+        """
+        grids = self._check(pixel_values, image_sizes)
+        counts = [1 + rows * columns for rows, columns in grids]
+        if pixel_values.ndim == 5:
+            pixel_values = torch.cat([crops[:count] for crops, count in zip(pixel_values, counts, strict=True)])
+        # A frozen tower runs without autograd, whatever hooks (`enable_input_require_grads`) ask for.
+        trained = any(parameter.requires_grad for parameter in self.img_processor.parameters())
+        with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
+            patches = self.img_processor(pixel_values.to(self.glb_GN.dtype))
+        merged = self._merge(patches)
+        maps = []
+        for crops, (rows, columns) in zip(merged.split(counts), grids, strict=True):
+            maps += [self._assemble(crops[1:], rows, columns), self.glb_GN[0], self._assemble(crops[:1], 1, 1)]
+        return self.img_projection(torch.cat(maps))
+
+    def _check(self, pixel_values: torch.Tensor, image_sizes: torch.Tensor) -> list[tuple[int, int]]:
+        size = self.crop_size
+        if not pixel_values.is_floating_point():
+            raise TypeError(
+                f"pixel_values are {pixel_values.dtype}: expected floating point, normalised by Phi3VImageProcessor"
+            )
+        if pixel_values.ndim not in (4, 5) or tuple(pixel_values.shape[-3:]) != (3, size, size):
+            raise ValueError(
+                f"pixel_values have shape {tuple(pixel_values.shape)}: expected (crops, 3, {size}, {size}) or "
+                f"(images, crops, 3, {size}, {size}); crop_size of the image processor must be vision_config.image_size"
+            )
+        if image_sizes is None:
+            raise ValueError("pixel_values without image_sizes: expected both, as Phi3VProcessor returns them")
+        grids = []
+        for height, width in image_sizes.tolist():
+            if height % size or width % size or not height or not width:
+                raise ValueError(
+                    f"image_sizes has {height} x {width} pixels: expected multiples of the crop size {size}"
+                )
+            grids.append((height // size, width // size))
+        needed = [1 + rows * columns for rows, columns in grids]
+        if pixel_values.ndim == 4 and sum(needed) != len(pixel_values):
+            raise ValueError(f"pixel_values hold {len(pixel_values)} crops: expected {sum(needed)} for the image_sizes")
+        if pixel_values.ndim == 5 and (len(needed) != len(pixel_values) or max(needed) > pixel_values.shape[1]):
+            raise ValueError(
+                f"pixel_values hold {len(pixel_values)} images of {pixel_values.shape[1]} crops: expected {len(needed)} "
+                f"images of at least {max(needed, default=0)} crops for the image_sizes"
+            )
+        return grids
+
+    def split_rows(self, is_image: torch.Tensor, pixel_values: torch.Tensor, image_sizes: torch.Tensor) -> list:
+        """(pixel_values, image_sizes) of each row of a batch, by the image tokens that `is_image` (B, N) marks in it."""
+        counts = [1 + rows * columns for rows, columns in self._check(pixel_values, image_sizes)]
+        if pixel_values.ndim == 5:
+            pixel_values = torch.cat([crops[:count] for crops, count in zip(pixel_values, counts, strict=True)])
+        tokens = [count_image_tokens(*size, self.crop_size, self.side) for size in image_sizes.tolist()]
+        rows, image, crop = [], 0, 0
+        for wanted in is_image.sum(-1).tolist():
+            first_image, first_crop, found = image, crop, 0
+            while found < wanted and image < len(tokens):
+                found, crop, image = found + tokens[image], crop + counts[image], image + 1
+            if found != wanted:
+                raise ValueError(
+                    f"a row holds {wanted} <|image|> tokens, its images give {found}: expected the same number"
+                )
+            rows.append((pixel_values[first_crop:crop], image_sizes[first_image:image]))
+        return rows
+
+    def _merge(self, patches: torch.Tensor) -> torch.Tensor:
+        """Puts 2 x 2 neighbouring patches side by side: (C, 4 * side**2, width) -> (C, side, side, 4 * width)."""
+        crops, _, width = patches.shape
+        patches = patches.reshape(crops, self.side, 2, self.side, 2, width)
+        return patches.transpose(2, 3).reshape(crops, self.side, self.side, 4 * width)
+
+    def _assemble(self, crops: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+        """One map of all crops, each of its rows ended by `sub_GN`: -> (rows * side * (columns * side + 1), 4 * width)."""
+        merged = crops.shape[-1]
+        grid = crops.reshape(rows, columns, self.side, self.side, merged).transpose(1, 2)
+        grid = grid.reshape(rows * self.side, columns * self.side, merged)
+        ends = self.sub_GN[0].expand(rows * self.side, 1, merged)
+        return torch.cat((grid, ends), dim=1).flatten(0, 1)
+
+
+class Phi3VPreTrainedModel(Phi3PreTrainedModel):
+    config: Phi3VConfig
+    config_class = Phi3VConfig
+    input_modalities = ("image", "text")
+    _no_split_modules = ["Phi3DecoderLayer", "CLIPEncoderLayer", "CLIPVisionEmbeddings"]
+    # An alias of embed_tokens in the official state_dict(); its checkpoint does not hold it.
+    _keys_to_ignore_on_load_unexpected = [r"vision_embed_tokens\.wte\.weight"]
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, Phi3VImageEmbedding):
+            init.normal_(module.glb_GN, std=self.config.initializer_range)
+            init.normal_(module.sub_GN, std=self.config.initializer_range)
+
+
+class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
+    """Phi3Model that puts image features in the place of the `<|image|>` tokens."""
+
+    def __init__(self, config: Phi3VConfig):
+        super().__init__(config)
+        self.rotary_emb = Phi3VRotaryEmbedding(config)
+        self.vision_embed_tokens = Phi3VImageEmbedding(config)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values=None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        image_sizes: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """See [`Phi3VForCausalLM.forward`]; returns last_hidden_state of shape (B, N, hidden_size)."""
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+            if pixel_values is not None:
+                inputs_embeds = self._place_images(input_ids, inputs_embeds, pixel_values, image_sizes)
+            elif self.training and any(p.requires_grad for p in self.vision_embed_tokens.parameters()):
+                inputs_embeds = inputs_embeds + 0 * self._blank_image_feature(inputs_embeds)
+        if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
+            # By the mask, not by the place in the row: padding must not count.
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1] :]
+        return super().forward(
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+
+    def _place_images(self, input_ids, inputs_embeds, pixel_values, image_sizes) -> torch.Tensor:
+        features = self.vision_embed_tokens(pixel_values, image_sizes)
+        is_image = input_ids == self.config.image_token_id
+        if int(is_image.sum()) != len(features):
+            raise ValueError(
+                f"input_ids hold {int(is_image.sum())} <|image|> tokens, the images give {len(features)} features: expected "
+                "the same number; num_crops and image_sizes must be those that the processor used for input_ids"
+            )
+        return inputs_embeds.masked_scatter(is_image[..., None], features.to(inputs_embeds.dtype))
+
+    def _blank_image_feature(self, inputs_embeds) -> torch.Tensor:
+        # Without any image in the batch, the vision parameters must take part all the same, with gradient 0: ranks
+        # that wait for each other's gradients would hang otherwise.
+        size = self.vision_embed_tokens.crop_size
+        pixels = inputs_embeds.new_zeros(2, 3, size, size)
+        return self.vision_embed_tokens(pixels, torch.tensor([[size, size]])).mean(0)
+
+
+class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
+    """Phi-3-vision with its language-modelling head; loads and saves the official weights under their official names."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    # `num_items_in_batch` is honoured: the Trainer may normalise the loss over the whole effective batch.
+    accepts_loss_kwargs = True
+
+    def __init__(self, config: Phi3VConfig):
+        super().__init__(config)
+        self.model = Phi3VModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+        self._stop_at_end_of_turn()
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        loaded = super().from_pretrained(*args, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded)._stop_at_end_of_turn()
+        return loaded
+
+    def _stop_at_end_of_turn(self):
+        # The official generation_config.json stops at `</s>` only, which the model never writes.
+        self.generation_config.eos_token_id = self.config.stop_token_ids
+        self.generation_config.pad_token_id = self.config.pad_token_id
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values=None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        image_sizes: torch.LongTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor | None = None,
+        num_items_in_batch: int | torch.Tensor | None = None,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Runs the model.
+
+        Args:
+            input_ids (torch.LongTensor): (B, N), `<|image|>` (config.image_token_id) wherever an image feature goes.
+            attention_mask (torch.Tensor, optional): (B, N), 1 for tokens and 0 for padding.
+            position_ids (torch.LongTensor, optional): (B, N); by default counted over the mask. Several sequences packed
+                into one row start again at 0 each; leave attention_mask out then.
+            pixel_values (torch.FloatTensor, optional): (C, 3, S, S), the crops of all images in the order of their tags
+                over the batch, or the official padded layout (images, most crops, 3, S, S).
+            image_sizes (torch.LongTensor, optional): (images, 2), height and width of each HD image in pixels.
+            labels (torch.LongTensor, optional): (B, N), the input_ids to learn, -100 elsewhere; shifted inside.
+            logits_to_keep (int | torch.Tensor, optional): 0 for logits at all positions (the default without labels), n
+                for the last n. With labels and without this, logits are computed only where a label is, and not
+                returned.
+            num_items_in_batch (int | torch.Tensor, optional): number of labels in the whole effective batch; the loss is
+                then the sum over this many instead of the mean.
+
+        Returns:
+            CausalLMOutputWithPast: loss, float32, 0 if there is no label at all; logits (B, positions, V); the cache.
+
+        Raises:
+            ValueError: if image tokens, features, crops and sizes do not fit each other.
+            TypeError: if pixel_values are not floating point.
+        """
+        if use_cache is None and (labels is not None or self.training):
+            # A cache is of no use then, and it keeps transformers from recognising packed rows.
+            use_cache = False
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            pixel_values=pixel_values,
+            image_sizes=image_sizes,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        loss = logits = None
+        if labels is not None:
+            loss = self._loss(hidden_states, labels, num_items_in_batch)
+        if labels is None or logits_to_keep is not None:
+            logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep or 0))
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _loss(self, hidden_states, labels, num_items_in_batch) -> torch.Tensor:
+        targets = labels[:, 1:].to(hidden_states.device)
+        is_target = targets != IGNORE_INDEX
+        targets = targets[is_target]
+        logits = self.lm_head(hidden_states[:, :-1][is_target]).float()  # (labels, V)
+        loss = nn.functional.cross_entropy(logits, targets, reduction="sum")
+        if num_items_in_batch is None:
+            num_items_in_batch = max(1, len(targets))
+        elif isinstance(num_items_in_batch, torch.Tensor):
+            num_items_in_batch = num_items_in_batch.to(loss.device)
+        return loss / num_items_in_batch
+
+    def prepare_inputs_for_generation(
+        self, input_ids, past_key_values=None, attention_mask=None, is_first_iteration=False, use_cache=True, **kwargs
+    ):
+        if past_key_values is not None and self._crosses_long_rope(input_ids, past_key_values, attention_mask):
+            # The cached keys were rotated by the short factors: start again without them.
+            past_key_values = None
+            kwargs["next_sequence_length"] = None
+            is_first_iteration = True
+        if use_cache and not is_first_iteration:
+            kwargs["pixel_values"] = kwargs["image_sizes"] = None
+        return super().prepare_inputs_for_generation(
+            input_ids,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            is_first_iteration=is_first_iteration,
+            use_cache=use_cache,
+            **kwargs,
+        )
+
+    def _crosses_long_rope(self, input_ids, past_key_values, attention_mask) -> bool:
+        """Whether a row with a cache grows past the original 4096 tokens with the tokens that are new in this step."""
+        limit, length, cached = (
+            self.config.original_max_position_embeddings,
+            input_ids.shape[1],
+            past_key_values.get_seq_length(),
+        )
+        if length <= limit or not cached:
+            return False
+        lengths = torch.full_like(input_ids[:, 0], length) if attention_mask is None else attention_mask.sum(-1)
+        return bool(((lengths > limit) & (lengths - (length - cached) <= limit)).any())
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs):
+        """Repeats each row, with its own images, `expand_size` times (beams): pixel_values have no batch dimension."""
+        pixel_values, image_sizes = kwargs.pop("pixel_values", None), kwargs.pop("image_sizes", None)
+        if pixel_values is not None and expand_size > 1:
+            embedding = self.model.vision_embed_tokens
+            rows = embedding.split_rows(input_ids == self.config.image_token_id, pixel_values, image_sizes)
+            repeated = [row for row in rows for _ in range(expand_size)]
+            pixel_values = torch.cat([pixels for pixels, _ in repeated])
+            image_sizes = torch.cat([sizes for _, sizes in repeated])
+        input_ids, kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **kwargs
+        )
+        if pixel_values is not None:
+            kwargs |= {"pixel_values": pixel_values, "image_sizes": image_sizes}
+        return input_ids, kwargs
+
+
+__all__ = ["Phi3VForCausalLM", "Phi3VModel", "Phi3VPreTrainedModel"]

@@ -1,0 +1,201 @@
+"""Phi3VProcessor: numbered image tags -> image tokens, chat template, batches."""
+
+import re
+from pathlib import Path
+
+import torch
+from transformers.image_processing_base import BatchFeature
+from transformers.processing_utils import ProcessorMixin
+from transformers.utils import TensorType
+
+IMAGE_TAG = re.compile(r"<\|image_(\d+)\|>")
+IMAGE_TOKEN = "<|image|>"
+
+# The official template takes strings only; this one gives the same text for them and also takes content parts:
+# {"type": "image"} becomes the next numbered tag.
+CHAT_TEMPLATE = """\
+{%- set images = namespace(count=0) -%}
+{%- for message in messages -%}
+{{ '<|' + message['role'] + '|>\\n' }}
+{%- if message['content'] is string -%}
+{{ message['content'] }}
+{%- else -%}
+{%- for part in message['content'] -%}
+{%- if part['type'] == 'image' -%}
+{%- set images.count = images.count + 1 -%}
+{{ '<|image_' + images.count | string + '|>\\n' }}
+{%- elif part['type'] == 'text' -%}
+{{ part['text'] }}
+{%- else -%}
+{{ raise_exception("content part of type '" + part['type'] + "': expected 'text' or 'image'") }}
+{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{{ '<|end|>\\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt and messages[-1]['role'] != 'assistant' -%}
+{{ '<|assistant|>\\n' }}
+{%- endif -%}
+"""
+
+
+def find_tags(text: str, num_images: int) -> list[int]:
+    """Numbers of the image tags `<|image_1|>`, `<|image_2|>`, ... in the order they stand in `text`.
+
+    Raises:
+        ValueError: unless the tags name the images 1 to `num_images`, each at least once.
+    """
+    numbers = [int(number) for number in IMAGE_TAG.findall(text)]
+    if set(numbers) != set(range(1, num_images + 1)):
+        tags = ", ".join(f"<|image_{number}|>" for number in sorted(set(numbers))) or "none"
+        expected = f"<|image_1|> to <|image_{num_images}|>" if num_images else "no image tag"
+        raise ValueError(f"image tags {tags} for {num_images} image(s): expected {expected}")
+    return numbers
+
+
+class Phi3VProcessor(ProcessorMixin):
+    """Turns texts with numbered image tags, and their images, into the inputs of `Phi3VForCausalLM`.
+
+    Differences from the official processor: image positions hold the id of `<|image|>` (32044) instead of negative ids;
+    the number of a tag, not its place, picks its image; batches and padding are supported.
+
+    Args:
+        image_processor (Phi3VImageProcessor): the image processor.
+        tokenizer: the fast tokenizer of the model.
+        chat_template (str, optional): Jinja template; by default one that gives what the official template gives for
+            strings and takes content parts as well.
+    """
+
+    def __init__(self, image_processor=None, tokenizer=None, chat_template: str | None = None, **kwargs):
+        super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
+        self.image_token = IMAGE_TOKEN
+        self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        if self.image_token_id in (None, tokenizer.unk_token_id):
+            raise ValueError(
+                f"the tokenizer has no token {IMAGE_TOKEN}: expected the tokenizer of a Phi-3-vision model"
+            )
+
+    def tokenize(self, text: str, num_image_tokens: list[int] | None = None) -> list[int]:
+        """Ids of one text, image tags replaced by as many `<|image|>` ids as the image has tokens.
+
+        The text between two tags is tokenized by itself and so starts with BOS: the official processor does the same,
+        and the model was trained on it.
+
+        Args:
+            text (str): text with tags `<|image_N|>`.
+            num_image_tokens (list[int], optional): tokens of image 1, image 2, ...
+
+        Returns:
+            list[int]: token ids.
+
+        Raises:
+            ValueError: if tags and images do not match.
+        """
+        num_image_tokens = num_image_tokens or []
+        numbers = find_tags(text, len(num_image_tokens))
+        chunks = IMAGE_TAG.split(text)[::2]
+        ids = list(self.tokenizer(chunks[0]).input_ids)
+        for number, chunk in zip(numbers, chunks[1:], strict=True):
+            ids += [self.image_token_id] * num_image_tokens[number - 1]
+            ids += self.tokenizer(chunk).input_ids
+        return ids
+
+    def __call__(
+        self,
+        text: str | list[str],
+        images=None,
+        padding: bool | str = False,
+        padding_side: str | None = None,
+        max_length: int | None = None,
+        num_crops: int | None = None,
+        return_tensors: str | TensorType | None = TensorType.PYTORCH,
+    ) -> BatchFeature:
+        """Prepares one text or a list of texts, with their images.
+
+        Args:
+            text (str | list[str]): texts with image tags `<|image_1|>`, `<|image_2|>`, ..., numbered from 1 in each text.
+            images (optional): for one text an image or a list of images; for a list of texts a list with a list of
+                images (empty or None where there is none) for each text. A flat list is dealt out by the tags.
+            padding (bool | str): as in tokenizers: False, True or "longest", "max_length".
+            padding_side (str, optional): "left" (for generation) or "right"; by default the tokenizer's own.
+            max_length (int, optional): in tokens, only for padding="max_length". Nothing is ever cut.
+            num_crops (int, optional): most HD crops of an image, instead of the image processor's own.
+            return_tensors (str, optional): "pt" (the default), "np" or None for lists.
+
+        Returns:
+            BatchFeature: input_ids and attention_mask, int64, (batch, length); where there are images, pixel_values,
+            float32, (total crops, 3, crop size, crop size), and image_sizes, int64, (images, 2), both in the order of the
+            tags over the whole batch.
+
+        Raises:
+            ValueError: if tags and images do not match, or if texts of unequal length are to become one tensor unpadded.
+        """
+        texts = [text] if isinstance(text, str) else list(text)
+        rows, crops, sizes = [], [], []
+        for row_text, row_images in zip(texts, self._nest_images(texts, images, isinstance(text, str)), strict=True):
+            features = None
+            if row_images:
+                features = self.image_processor(row_images, num_crops=num_crops)
+                per_image = features["pixel_values"].split(
+                    [
+                        1 + height * width // self.image_processor.crop_size**2
+                        for height, width in features["image_sizes"]
+                    ]
+                )
+                for number in find_tags(row_text, len(row_images)):
+                    crops.append(per_image[number - 1])
+                    sizes.append(features["image_sizes"][number - 1])
+            rows.append(self.tokenize(row_text, features and features["num_img_tokens"]))
+        if return_tensors is not None and padding is False and len({len(row) for row in rows}) > 1:
+            lengths = sorted(len(row) for row in rows)
+            raise ValueError(f"texts of {lengths[0]} to {lengths[-1]} tokens: expected padding=True to batch them")
+        data = self.tokenizer.pad(
+            {"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]},
+            padding=padding,
+            padding_side=padding_side,
+            max_length=max_length,
+            return_tensors=return_tensors,
+        )
+        data = dict(data)
+        if crops:
+            pixels, image_sizes = torch.cat(crops), torch.stack(sizes)
+            if return_tensors is not None and TensorType(return_tensors) == TensorType.NUMPY:
+                pixels, image_sizes = pixels.numpy(), image_sizes.numpy()
+            data |= {"pixel_values": pixels, "image_sizes": image_sizes}
+        return BatchFeature(data)
+
+    @staticmethod
+    def _nest_images(texts: list[str], images, single_text: bool) -> list[list]:
+        if images is None:
+            return [[] for _ in texts]
+        if not isinstance(images, (list, tuple)):
+            images = [images]
+        if single_text and not any(isinstance(group, (list, tuple)) for group in images):
+            return [list(images)]
+        if any(group is None or isinstance(group, (list, tuple)) for group in images):
+            if len(images) != len(texts):
+                raise ValueError(
+                    f"{len(images)} list(s) of images for {len(texts)} text(s): expected one for each text"
+                )
+            return [
+                list(group) if isinstance(group, (list, tuple)) else [] if group is None else [group]
+                for group in images
+            ]
+        counts = [len(set(IMAGE_TAG.findall(text))) for text in texts]
+        if sum(counts) != len(images):
+            raise ValueError(f"{len(images)} image(s) for {sum(counts)} image tag(s) in {len(texts)} text(s)")
+        images = iter(images)
+        return [[next(images) for _ in range(count)] for count in counts]
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return ["input_ids", "attention_mask", "pixel_values", "image_sizes"]
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """Saves everything, also the preprocessor_config.json that other readers of this format look for."""
+        files = super().save_pretrained(save_directory, **kwargs)
+        self.image_processor.to_json_file(Path(save_directory) / "preprocessor_config.json")
+        return files
+
+
+__all__ = ["Phi3VProcessor"]
