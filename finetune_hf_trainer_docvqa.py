@@ -1,0 +1,109 @@
+"""Fine-tunes Phi-3.5-vision to answer questions about scanned documents (DocVQA).
+
+    torchrun --nproc_per_node=4 finetune_hf_trainer_docvqa.py --bf16
+    torchrun --nproc_per_node=8 finetune_hf_trainer_docvqa.py --full_train --bf16 --batch_size 64 --learning_rate 5e-6
+
+Data: nielsr/docvqa_1200_examples (1,000 questions to train, 200 to test); with --full_train the_cauldron's docvqa to train
+and the same 200 to test; or --data_dir with rows {"id", "image", "query": {"en"}, "answers"} in rows.jsonl, which then has a
+field "split" of train or test, or in train.jsonl and test.jsonl. Image paths are relative to that folder.
+
+Metric: ANLS, average normalised Levenshtein similarity, 0 to 1, best over the acceptable answers.
+
+Written into --output_dir: weights or adapter and the processor, eval_before.json, eval_after.json, predictions.jsonl,
+curves.png, report.html, checkpoint-N/. `--help` lists all flags.
+"""
+
+import os
+
+from datasets import Image, List, load_dataset
+from transformers import Trainer
+
+from finetuning.arguments import RecipeArguments, parse_args
+from finetuning.collator import DataCollatorForPhi3V
+from finetuning.conversation import Conversation, ConversationDataset, Turn, read_splits, take
+from finetuning.errors import InputError, run
+from finetuning.evaluation import Prediction, evaluate
+from finetuning.metrics import anls
+from finetuning.report import write_report
+from finetuning.strategy import GradientCheck, describe, load_model, load_processor
+
+PROMPT = "{question}\nAnswer briefly."
+
+
+def load_splits(args: RecipeArguments):
+    """Rows to train on and rows to answer."""
+    if args.data_dir:
+        train, test = read_splits(args.data_dir)
+        for row in train + test:
+            if not isinstance(row.get("image"), str):
+                raise InputError(
+                    f'{args.data_dir}: sample {row.get("id")}: expected "image" with a path, found {row.get("image")!r}'
+                )
+            row["image"] = os.path.join(args.data_dir, row["image"])
+        return train, test
+    with args.main_process_first():
+        small = load_dataset("nielsr/docvqa_1200_examples").cast_column("image", Image(decode=False))
+        train = small["train"]
+        if args.full_train:
+            train = load_dataset("HuggingFaceM4/the_cauldron", "docvqa", split="train")
+            train = train.cast_column("images", List(Image(decode=False)))
+            train = train.add_column("id", [f"cauldron-{index}" for index in range(len(train))])
+    return train, small["test"]
+
+
+def to_conversation(row: dict) -> Conversation:
+    """One page and its question; the_cauldron's rows ask several questions about a page, one a turn."""
+    if "texts" in row:
+        # There a line such as "Give a very brief answer." follows the question, and a full stop each answer.
+        turns = [
+            Turn(PROMPT.format(question=text["user"].splitlines()[0]), [text["assistant"].removesuffix(".")])
+            for text in row["texts"]
+        ]
+        turns[0].images = row["images"]
+        return Conversation(row["id"], turns)
+    turn = Turn(PROMPT.format(question=row["query"]["en"]), row["answers"], [row["image"]])
+    return Conversation(row["id"], [turn])
+
+
+def score(predictions: list[Prediction]) -> dict[str, float]:
+    """ANLS over all questions."""
+    return {"anls": sum(anls(item.answer, item.references) for item in predictions) / len(predictions)}
+
+
+def main():
+    args = parse_args()
+    processor = load_processor(args)
+    train_rows, eval_rows = load_splits(args)
+    eval_rows = take(eval_rows, args.eval_size)
+    train_dataset, eval_dataset = (
+        ConversationDataset(rows, to_conversation, processor, args.max_length, args.seed)
+        for rows in (train_rows, eval_rows)
+    )
+    train_dataset.check()
+    eval_dataset.check()
+
+    model = load_model(args)
+    description = describe(model, args, len(train_dataset))
+    if args.process_index == 0:
+        print(description, flush=True)
+    trainer = Trainer(
+        model=model,
+        args=args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        data_collator=DataCollatorForPhi3V(processor.tokenizer.pad_token_id, args.padding_free),
+        processing_class=processor,
+        callbacks=[GradientCheck(model)],
+    )
+    if not args.resume_from_checkpoint:
+        evaluate(model, processor, eval_rows, to_conversation, score, args, stage="before")
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.save_model()
+    evaluate(model, processor, eval_rows, to_conversation, score, args, stage="after")
+    if args.process_index == 0:
+        path = write_report(args, "DocVQA", description, trainer.state.log_history, eval_rows, to_conversation)
+        print(f"report -> {path}", flush=True)
+
+
+if __name__ == "__main__":
+    run(main)

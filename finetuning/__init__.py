@@ -1,0 +1,1 @@
+"""The machinery that all recipes share; it knows nothing of any one task."""

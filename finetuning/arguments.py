@@ -1,0 +1,330 @@
+"""The flags of all recipes: the published names and defaults, over every Hugging Face TrainingArguments flag."""
+
+import importlib.util
+import os
+import sys
+import tempfile
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import get_type_hints
+
+import torch
+from transformers import HfArgumentParser, TrainingArguments
+from transformers.hf_argparser import HfArg
+from transformers.trainer_utils import get_last_checkpoint
+
+from .errors import InputError
+
+ZERO2 = Path(__file__).parents[1] / "ds_configs" / "zero2.json"
+
+# --help lists the flags in these groups; what is not named here is a flag of TrainingArguments that passes through.
+GROUPS = {
+    "model": ["model_name_or_path", "attn_implementation", "use_flash_attention", "bf16", "fp16"],
+    "strategy": ["freeze_vision_model", "use_lora", "use_qlora", "lora_rank", "lora_alpha_ratio", "lora_dropout", "deepspeed"],
+    "data": ["data_dir", "full_train", "num_crops", "max_length", "padding_free"],
+    "optimisation": [
+        "batch_size",
+        "per_device_train_batch_size",
+        "num_train_epochs",
+        "learning_rate",
+        "weight_decay",
+        "warmup_steps",
+        "adam_beta1",
+        "adam_beta2",
+        "adam_epsilon",
+        "max_grad_norm",
+    ],
+    "evaluation": ["eval_size", "per_device_eval_batch_size", "max_new_tokens"],
+    "output": ["output_dir", "save_steps", "save_total_limit", "resume_from_checkpoint", "disable_tqdm"],
+}  # fmt: skip
+OTHER = "Hugging Face TrainingArguments"
+
+
+def _switch(default, help: str, aliases=()):
+    """A bool flag that is true when given alone, also where its default is None."""
+    alone = {"nargs": "?", "const": True} if default is None else {}
+    return HfArg(default=default, help=help, aliases=list(aliases), metadata=alone)
+
+
+@dataclass
+class RecipeArguments(TrainingArguments):
+    """Arguments of a fine-tuning run; the help texts say what each is and in which unit."""
+
+    model_name_or_path: str = HfArg(
+        default="microsoft/Phi-3.5-vision-instruct", help="model folder, or name on the Hugging Face hub"
+    )
+    attn_implementation: str | None = HfArg(
+        default=None, help="attention kernel: eager, sdpa, flash_attention_2 (default: sdpa)"
+    )
+    use_flash_attention: bool = _switch(
+        False, "flash attention, the best that is installed: flash-attn, or else PyTorch's own kernel (Ampere or newer)"
+    )
+    bf16: bool = _switch(False, "train in bfloat16 (Ampere or newer, or CPU)")
+    fp16: bool | None = _switch(
+        None, "train in float16 with loss scaling; the default on a GPU without --bf16. `--fp16 False`: float32"
+    )
+
+    freeze_vision_model: bool = _switch(False, "keep the vision tower and its projector as they are")
+    use_lora: bool = _switch(False, "train LoRA adapters instead of the weights")
+    use_qlora: bool = _switch(False, "LoRA over a language model quantised to 4 bits (nf4); implies --use_lora")
+    lora_rank: int = HfArg(default=64, help="rank of the LoRA matrices")
+    lora_alpha_ratio: float = HfArg(default=2, help="LoRA alpha divided by the rank")
+    lora_dropout: float = HfArg(default=0.0, help="dropout before the LoRA matrices, probability 0 to 1")
+    deepspeed: str | None = HfArg(
+        default=None,
+        help="DeepSpeed config file (default: ds_configs/zero2.json for full and frozen-vision fine-tuning, none for LoRA)",
+    )
+
+    data_dir: str | None = HfArg(default=None, help="folder with your own data instead of the data set on the hub")
+    full_train: bool = _switch(False, "train on the whole data set instead of the small split (DocVQA)")
+    num_crops: int = HfArg(default=16, help="most crops of 336 x 336 pixels an image is cut into, 1 to 16")
+    max_length: int | None = HfArg(
+        default=None,
+        help="longest sample allowed, in tokens; a longer one is refused (default: what the model can take)",
+    )
+    padding_free: bool = _switch(False, "join the samples of a micro-batch in one row instead of padding them")
+
+    batch_size: int = HfArg(default=16, help="effective batch: samples per optimizer step over all GPUs of all nodes")
+    per_device_train_batch_size: int = HfArg(
+        default=1, aliases=["--batch_size_per_gpu"], help="micro-batch: samples at once on each GPU"
+    )
+    gradient_accumulation_steps: int | None = HfArg(
+        default=None, help="derived: batch_size / (GPUs x batch_size_per_gpu); refused if it is given and differs"
+    )
+    num_train_epochs: float = HfArg(default=1, help="passes over the training data")
+    learning_rate: float = HfArg(default=4e-5, help="peak learning rate")
+    weight_decay: float = HfArg(default=0.01, aliases=["--wd"], help="weight decay of AdamW")
+    warmup_steps: float = HfArg(default=50, help="optimizer steps of linear warm-up; below 1: share of all steps")
+    adam_beta1: float = HfArg(default=0.9, help="AdamW beta 1")
+    adam_beta2: float = HfArg(default=0.95, help="AdamW beta 2")
+    adam_epsilon: float = HfArg(default=1e-7, help="AdamW epsilon")
+    max_grad_norm: float = HfArg(default=1.0, help="gradients are clipped to this norm")
+
+    eval_size: int | None = HfArg(
+        default=None, help="rows answered before and after training (default: all of the split; 0: no evaluation)"
+    )
+    per_device_eval_batch_size: int = HfArg(default=4, help="rows answered at once on each GPU")
+    max_new_tokens: int = HfArg(default=64, help="longest answer that is generated, in tokens")
+
+    output_dir: str = HfArg(default="./output/", help="folder for weights, checkpoints, predictions and reports")
+    save_steps: float = HfArg(
+        default=500, help="optimizer steps between checkpoints (with --save_strategy steps, the default)"
+    )
+    save_total_limit: int | None = HfArg(default=2, help="newest checkpoints that are kept")
+    resume_from_checkpoint: str | None = HfArg(
+        default=None,
+        help="go on from this checkpoint folder; given alone or as True: from the newest in output_dir",
+        metadata={"nargs": "?", "const": "True"},
+    )
+    disable_tqdm: bool = _switch(False, "no progress bars", aliases=["--no-tqdm", "--no_tqdm"])
+
+    logging_steps: float = HfArg(default=10, help="optimizer steps between two logged losses")
+    logging_first_step: bool = _switch(True, "log the first step too")
+    # A synchronisation of the GPU in each micro-batch, to hide a nan in the log.
+    logging_nan_inf_filter: bool = _switch(False, "leave nan and inf out of the logged loss")
+    activation_checkpointing: bool | None = _switch(
+        None, "recompute activations in the backward pass to save memory (default: true)"
+    )
+    # The forward pass decides by itself; this only keeps the Trainer from writing `use_cache: false` into config.json.
+    use_cache: bool = _switch(True, "value of use_cache in the saved config.json")
+    # The dataset's rows are not columns of tensors, and the model never leaves a trainable parameter unused.
+    remove_unused_columns: bool = _switch(False, "leave as it is: features are made by the collator")
+    ddp_find_unused_parameters: bool | None = _switch(False, "leave as it is: no parameter goes unused")
+    report_to: str = HfArg(default="none", help="experiment tracker: none, tensorboard, wandb, ...")
+    dataloader_num_workers: int | None = HfArg(
+        default=None, help="worker processes per GPU that prepare images (default: up to 4, as the cores allow)"
+    )
+
+    def __post_init__(self):
+        self._check_values()
+        self._settle_batch()
+        self._settle_strategy()
+        self._check_output_dir()
+        if self.activation_checkpointing is None and self.gradient_checkpointing is None:
+            self.activation_checkpointing = True
+        if self.dataloader_num_workers is None:
+            local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+            self.dataloader_num_workers = min(4, len(os.sched_getaffinity(0)) // local_ranks - 1)
+        super().__post_init__()
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Dtype of the forward and backward pass, and of the weights that are loaded."""
+        return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else torch.float32
+
+    @property
+    def strategy(self) -> str:
+        """full, frozen vision, LoRA or QLoRA."""
+        name = "QLoRA" if self.use_qlora else "LoRA" if self.use_lora else "full"
+        return name + (" with frozen vision" if self.freeze_vision_model else "")
+
+    @property
+    def kernel(self) -> str:
+        """The attention kernel by transformers' name."""
+        if self.use_flash_attention and importlib.util.find_spec("flash_attn"):
+            return "flash_attention_2"
+        return self.attn_implementation or "sdpa"
+
+    def _check_values(self):
+        if not 1 <= self.num_crops <= 16:
+            raise InputError(f"--num_crops {self.num_crops}: expected a whole number from 1 to 16")
+        for name in (
+            "batch_size",
+            "per_device_train_batch_size",
+            "per_device_eval_batch_size",
+            "lora_rank",
+            "max_new_tokens",
+        ):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name} {getattr(self, name)}: expected at least 1")
+        if not 0 <= self.lora_dropout < 1:
+            raise InputError(f"--lora_dropout {self.lora_dropout}: expected a probability from 0 to below 1")
+        local = os.path.isdir(self.model_name_or_path)
+        if local and not os.path.isfile(os.path.join(self.model_name_or_path, "config.json")):
+            raise InputError(
+                f"--model_name_or_path {self.model_name_or_path}: expected a model folder, found no config.json in it"
+            )
+        if not local and (
+            self.model_name_or_path.count("/") != 1 or self.model_name_or_path.startswith((".", "/", "~"))
+        ):
+            raise InputError(
+                f"--model_name_or_path {self.model_name_or_path}: no such folder; expected a folder or ORGANISATION/NAME on the hub"
+            )
+        if self.data_dir is not None and not os.path.isdir(self.data_dir):
+            raise InputError(f"--data_dir {self.data_dir}: no such folder")
+        if self.data_dir is not None and self.full_train:
+            raise InputError(
+                "--full_train with --data_dir: expected one of them; the first is for the data set on the hub"
+            )
+
+    def _settle_batch(self):
+        ranks = int(os.environ.get("WORLD_SIZE", 1))
+        per_step = ranks * self.per_device_train_batch_size
+        if self.batch_size % per_step:
+            raise InputError(
+                f"--batch_size {self.batch_size}: expected a multiple of {per_step} = {ranks} GPU(s) x "
+                f"--batch_size_per_gpu {self.per_device_train_batch_size}; try {max(1, self.batch_size // per_step) * per_step}"
+            )
+        steps = self.batch_size // per_step
+        if self.gradient_accumulation_steps not in (None, steps):
+            raise InputError(
+                f"--gradient_accumulation_steps {self.gradient_accumulation_steps}: expected it left out; "
+                f"--batch_size {self.batch_size} on {ranks} GPU(s) with --batch_size_per_gpu {self.per_device_train_batch_size} makes it {steps}"
+            )
+        self.gradient_accumulation_steps = steps
+
+    def _settle_strategy(self):
+        # Without the flag, accelerate would not let the ranks of a machine without a GPU know of each other.
+        self.use_cpu = self.use_cpu or not torch.cuda.is_available()
+        on_gpu = not self.use_cpu
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        if on_gpu and local_rank >= torch.cuda.device_count():
+            raise InputError(
+                f"--nproc_per_node is over the number of GPUs here: expected at most {torch.cuda.device_count()}"
+            )
+        if self.bf16 and self.fp16:
+            raise InputError("--bf16 with --fp16: expected one of them")
+        if self.fp16 and not on_gpu:
+            raise InputError("--fp16 on the CPU: expected a GPU; on the CPU train in float32 (no flag) or with --bf16")
+        if self.fp16 is None:
+            self.fp16 = on_gpu and not self.bf16
+        if self.bf16 and on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
+            raise InputError(
+                f"--bf16 on {torch.cuda.get_device_name()}: expected Ampere or newer; leave the flag out to train in float16"
+            )
+        if self.use_qlora and importlib.util.find_spec("bitsandbytes") is None:
+            raise InputError(
+                "--use_qlora without bitsandbytes: expected it installed; pip install bitsandbytes, or use --use_lora"
+            )
+        self.use_lora = self.use_lora or self.use_qlora
+        self._check_kernel(on_gpu)
+        if self.deepspeed is None and not self.use_lora and not self.fsdp:
+            self.deepspeed = str(ZERO2)
+        if self.deepspeed is not None and not os.path.isfile(self.deepspeed):
+            raise InputError(f"--deepspeed {self.deepspeed}: no such file; ds_configs/ holds the tested ones")
+        # Started by plain python: one process, as `torchrun --nproc_per_node=1` would set it up.
+        for name, value in (
+            ("RANK", 0),
+            ("LOCAL_RANK", 0),
+            ("WORLD_SIZE", 1),
+            ("MASTER_ADDR", "localhost"),
+            ("MASTER_PORT", 0),
+        ):
+            os.environ.setdefault(name, str(value))
+
+    def _check_kernel(self, on_gpu: bool):
+        known = ("eager", "sdpa", "flash_attention_2")
+        if self.attn_implementation not in (None, *known):
+            raise InputError(f"--attn_implementation {self.attn_implementation}: expected one of {', '.join(known)}")
+        if self.use_flash_attention and self.attn_implementation == "eager":
+            raise InputError("--use_flash_attention with --attn_implementation eager: expected one of them")
+        if self.attn_implementation == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+            raise InputError(
+                "--attn_implementation flash_attention_2: expected flash-attn installed; use sdpa, which is PyTorch's own"
+            )
+        if not (self.use_flash_attention or self.attn_implementation == "flash_attention_2"):
+            return
+        if not on_gpu:
+            raise InputError(
+                "flash attention on the CPU: expected a GPU (Ampere or newer); leave the flag out to use sdpa"
+            )
+        if torch.cuda.get_device_capability()[0] < 8:
+            raise InputError(
+                f"flash attention on {torch.cuda.get_device_name()}: expected Ampere or newer; leave the flag out to use sdpa"
+            )
+        if self.compute_dtype == torch.float32:
+            raise InputError("flash attention in float32: expected --bf16 or --fp16; leave the flag out to use sdpa")
+
+    def _check_output_dir(self):
+        try:
+            os.makedirs(self.output_dir, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.output_dir):
+                pass
+        except OSError as error:
+            raise InputError(
+                f"--output_dir {self.output_dir}: expected a folder to write to, found: {error.strerror}"
+            ) from error
+        if self.resume_from_checkpoint in ("False", "false"):
+            self.resume_from_checkpoint = None
+        if self.resume_from_checkpoint in ("True", "true"):
+            self.resume_from_checkpoint = get_last_checkpoint(self.output_dir)
+            if self.resume_from_checkpoint is None:
+                raise InputError(
+                    f"--resume_from_checkpoint: expected a folder checkpoint-N in {self.output_dir}, found none"
+                )
+        if self.resume_from_checkpoint is not None and not os.path.isdir(self.resume_from_checkpoint):
+            raise InputError(f"--resume_from_checkpoint {self.resume_from_checkpoint}: no such folder")
+
+
+class _Parser(HfArgumentParser):
+    """HfArgumentParser with grouped help, and one line instead of a page of usage for a wrong flag."""
+
+    def _add_dataclass_arguments(self, dtype):
+        types = get_type_hints(dtype)
+        all_fields = {field.name: field for field in fields(dtype) if field.init}
+        named = {name for names in GROUPS.values() for name in names}
+        for title, names in {**GROUPS, OTHER: [name for name in all_fields if name not in named]}.items():
+            group = self.add_argument_group(title)
+            for name in names:
+                all_fields[name].type = types[name]
+                self._parse_dataclass_field(group, all_fields[name])
+
+    def error(self, message):
+        raise InputError(f"{message} (--help lists all flags)")
+
+
+def parse_args(argv: list[str] | None = None, **defaults) -> RecipeArguments:
+    """The arguments of a recipe, checked before anything expensive starts.
+
+    Args:
+        argv (list[str], optional): command line without the program's name.
+        **defaults: a task's own defaults, such as num_crops=4.
+
+    Raises:
+        InputError: for an unknown flag, a value out of range or flags that contradict each other.
+    """
+    usage = "torchrun --nproc_per_node=GPUS %(prog)s [flags]"
+    parser = _Parser(RecipeArguments, allow_abbrev=False, usage=usage)
+    parser.set_defaults(**defaults)
+    namespace = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    return RecipeArguments(**vars(namespace))

@@ -1,0 +1,363 @@
+"""Conversation, what every task's rows become; how rows are read and checked, and how a conversation is encoded."""
+
+import io
+import json
+import os
+import random
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from PIL import ExifTags, Image, ImageOps
+from transformers.image_processing_base import BatchFeature
+
+from phi3v import Phi3VProcessor
+from phi3v.modeling_phi3_v import IGNORE_INDEX
+from phi3v.processing_phi3_v import IMAGE_TAG, find_tags
+
+from .errors import InputError
+
+CONTROL_TOKEN = re.compile(r"<\|\w+\|>")
+
+
+@dataclass
+class Turn:
+    """One question and its answer.
+
+    Args:
+        user (str): the question. Image tags `<|image_1|>`, ... are put before it unless it holds its own.
+        answers (list[str]): acceptable answers; training picks one in each epoch, evaluation may compare with all.
+        images (list): images of this turn: paths, PIL images, or the {"bytes", "path"} of a `datasets.Image` column.
+    """
+
+    user: str
+    answers: list[str]
+    images: list = field(default_factory=list)
+
+
+@dataclass
+class Conversation:
+    """Turns of one sample; image tags count over all of its turns."""
+
+    id: str
+    turns: list[Turn]
+
+    @property
+    def images(self) -> list:
+        return [image for turn in self.turns for image in turn.images]
+
+
+def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """Rows of a jsonl file, one JSON object a line; empty lines are skipped.
+
+    Raises:
+        InputError: with file and line, if the file cannot be read or a line is not a JSON object.
+    """
+    rows = []
+    try:
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise InputError(
+                        f"{path}:{number}: expected a JSON object, found {error.msg} at column {error.colno}"
+                    ) from None
+                if not isinstance(row, dict):
+                    raise InputError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
+                rows.append(row)
+    except OSError as error:
+        raise InputError(f"{path}: expected a jsonl file, found: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: expected UTF-8 text, found {error.reason} at byte {error.start}") from None
+    if not rows:
+        raise InputError(f"{path}: expected at least one row, found none")
+    return rows
+
+
+def read_splits(data_dir: str | os.PathLike, train: str = "train", evaluation: str = "test") -> tuple[list, list]:
+    """Train and evaluation rows of a folder: `rows.jsonl` with a field `split`, or one jsonl file for each split.
+
+    Raises:
+        InputError: if the files are missing or a split has no rows.
+    """
+    folder = Path(data_dir)
+    if (folder / "rows.jsonl").exists():
+        rows = read_jsonl(folder / "rows.jsonl")
+        splits = [[row for row in rows if row.get("split") == name] for name in (train, evaluation)]
+        for name, found in zip((train, evaluation), splits, strict=True):
+            if not found:
+                raise InputError(f'{folder / "rows.jsonl"}: expected rows with "split": "{name}", found none')
+        return splits[0], splits[1]
+    paths = [folder / f"{name}.jsonl" for name in (train, evaluation)]
+    if not all(path.exists() for path in paths):
+        raise InputError(
+            f"--data_dir {folder}: expected rows.jsonl with a field split, or {train}.jsonl and {evaluation}.jsonl"
+        )
+    return read_jsonl(paths[0]), read_jsonl(paths[1])
+
+
+def take(rows: Sequence, count: int | None) -> Sequence:
+    """The first `count` rows of a list or of a `datasets.Dataset`; all of them without a count."""
+    if count is None or count >= len(rows):
+        return rows
+    return rows[:count] if isinstance(rows, list) else rows.select(range(count))
+
+
+def open_image(source) -> Image.Image:
+    """Opens an image; its pixels are read later, when they are needed.
+
+    Args:
+        source: path, PIL image, or {"bytes", "path"} of a `datasets.Image` column that does not decode.
+
+    Raises:
+        InputError: if it is missing or not an image.
+    """
+    if isinstance(source, Image.Image):
+        return source
+    if isinstance(source, dict):
+        name = source.get("path") or "image bytes"
+        source = io.BytesIO(source["bytes"]) if source.get("bytes") is not None else source["path"]
+    else:
+        name = source
+    try:
+        return Image.open(source)
+    except FileNotFoundError:
+        raise InputError(f"{name}: expected an image file, found no such file") from None
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"{name}: expected an image, found: {error}") from None
+
+
+def load_images(conversation: Conversation) -> list[Image.Image]:
+    """Images of a conversation, decoded and turned upright.
+
+    Raises:
+        InputError: with the conversation's id and the file, if one is missing or cannot be decoded to its end.
+    """
+    images = []
+    for source in conversation.images:
+        try:
+            image = open_image(source)
+            image.load()
+            # What a camera wrote beside the pixels; every viewer shows the picture turned that way.
+            images.append(ImageOps.exif_transpose(image) if _orientation(image) != 1 else image)
+        except InputError as error:
+            raise InputError(f"sample {conversation.id}: {error}") from None
+        except (OSError, SyntaxError, ValueError) as error:
+            raise InputError(
+                f"sample {conversation.id}: {_name(source)}: expected a whole image, found: {error}"
+            ) from None
+    return images
+
+
+def to_messages(conversation: Conversation, answers: Sequence[str]) -> list[dict[str, str]]:
+    """Chat messages of the first `len(answers) + 1` turns, or of all of them if there is an answer for each.
+
+    Images are tagged before the text of their turn unless a user text of the conversation holds tags of its own.
+    """
+    tagged = any(IMAGE_TAG.search(turn.user) for turn in conversation.turns)
+    messages, number = [], 0
+    for index, turn in enumerate(conversation.turns[: len(answers) + 1]):
+        tags = ""
+        if not tagged:
+            tags = "".join(f"<|image_{number + n}|>\n" for n in range(1, len(turn.images) + 1))
+            number += len(turn.images)
+        messages.append({"role": "user", "content": tags + turn.user})
+        if index < len(answers):
+            messages.append({"role": "assistant", "content": answers[index]})
+    return messages
+
+
+def choose_answers(conversation: Conversation, epoch: int = 0, seed: int = 0) -> list[str]:
+    """One answer for each turn, the same for the same row, epoch and seed on every rank and in every run."""
+    chooser = random.Random(f"{seed}/{epoch}/{conversation.id}")
+    return [chooser.choice(turn.answers) for turn in conversation.turns]
+
+
+def label_answers(input_ids: list[int], processor: Phi3VProcessor) -> list[int]:
+    """Labels of a trained conversation: each assistant text, its `<|end|>` and the final `<|endoftext|>`, else -100."""
+    tokenizer = processor.tokenizer
+    assistant, end = tokenizer.convert_tokens_to_ids(["<|assistant|>", "<|end|>"])
+    labels, answering = [], False
+    for token in input_ids:
+        labels.append(token if answering else IGNORE_INDEX)
+        answering = token == assistant or (answering and token != end)
+    labels[-1] = input_ids[-1]
+    return labels
+
+
+def training_ids(conversation: Conversation, answers: list[str], processor: Phi3VProcessor, image_tokens: list[int]):
+    """input_ids of a trained conversation: the chat template over all turns and a final `<|endoftext|>`."""
+    text = processor.apply_chat_template(to_messages(conversation, answers))
+    return processor.tokenize(text, image_tokens) + [processor.tokenizer.eos_token_id]
+
+
+def encode_conversation(
+    conversation: Conversation, processor: Phi3VProcessor, max_length: int | None = None, epoch: int = 0, seed: int = 0
+) -> dict[str, Any]:
+    """Features of a conversation for training.
+
+    Args:
+        conversation (Conversation): any number of turns and images.
+        processor (Phi3VProcessor): its image processor's num_crops counts.
+        max_length (int, optional): longest sample allowed, in tokens.
+        epoch, seed (int): choose among several answers.
+
+    Returns:
+        dict: input_ids and labels, list[int] of equal length; with images pixel_values, float32, (crops, 3, crop size,
+        crop size), and image_sizes, int64, (images, 2), in the order of the tags.
+
+    Raises:
+        InputError: with the conversation's id, if it cannot be used.
+    """
+    where = f"sample {conversation.id}"
+    check_conversation(conversation, processor)
+    answers = choose_answers(conversation, epoch, seed)
+    images, features = load_images(conversation), BatchFeature()
+    if images:
+        features = processor.image_processor(images)
+    ids = training_ids(conversation, answers, processor, features.get("num_img_tokens", []))
+    _check_length(len(ids), max_length, where)
+    encoded = {"input_ids": ids, "labels": label_answers(ids, processor)}
+    if images:
+        crop_area = processor.image_processor.crop_size**2
+        crops = features["pixel_values"].split([1 + h * w // crop_area for h, w in features["image_sizes"].tolist()])
+        text = "\n".join(message["content"] for message in to_messages(conversation, answers))
+        order = [number - 1 for number in find_tags(text, len(images))]
+        encoded["pixel_values"] = torch.cat([crops[index] for index in order])
+        encoded["image_sizes"] = features["image_sizes"][order]
+    return encoded
+
+
+def check_conversation(conversation: Conversation, processor: Phi3VProcessor) -> None:
+    """Checks what can be known without opening an image.
+
+    Raises:
+        InputError: with the conversation's id and turn, if there is no turn, no answer, an answer that is not text, an
+            image tag without its image, or a control token inside a text.
+    """
+    where = f"sample {conversation.id}"
+    if not conversation.turns:
+        raise InputError(f"{where}: expected at least one turn, found none")
+    added = processor.tokenizer.get_added_vocab()
+    for number, turn in enumerate(conversation.turns, 1):
+        if not turn.answers:
+            raise InputError(f"{where}, turn {number}: expected at least one answer, found none")
+        for answer in turn.answers:
+            if not isinstance(answer, str) or not answer.strip():
+                raise InputError(f"{where}, turn {number}: expected a text as answer, found {answer!r}")
+            if IMAGE_TAG.search(answer):
+                raise InputError(
+                    f"{where}, turn {number}: expected image tags in user texts only, found one in the answer {answer!r}"
+                )
+        for text in (turn.user, *turn.answers):
+            if not isinstance(text, str):
+                raise InputError(f"{where}, turn {number}: expected text, found {text!r}")
+            for token in CONTROL_TOKEN.findall(text):
+                if token in added:
+                    raise InputError(
+                        f"{where}, turn {number}: expected plain text, found the control token {token}; remove it"
+                    )
+    text = "\n".join(message["content"] for message in to_messages(conversation, choose_answers(conversation)))
+    try:
+        find_tags(text, len(conversation.images))
+    except ValueError as error:
+        raise InputError(f"{where}: {error}") from None
+
+
+def count_tokens(conversation: Conversation, processor: Phi3VProcessor) -> int:
+    """Length of the trained conversation in tokens, with its longest answers, from the headers of its images alone."""
+    sizes = []
+    for image in conversation.images:
+        opened = open_image(image)
+        sizes.append(opened.size if _orientation(opened) < 5 else opened.size[::-1])
+        if opened is not image:
+            opened.close()
+    tokens = [processor.image_processor.calc_num_image_tokens_from_image_size(*size) for size in sizes]
+    longest = [max(turn.answers, key=len) for turn in conversation.turns]
+    return len(training_ids(conversation, longest, processor, tokens))
+
+
+def _check_length(length: int, max_length: int | None, where: str) -> None:
+    if max_length is not None and length > max_length:
+        raise InputError(
+            f"{where}: expected at most {max_length} tokens, found {length}; lower --num_crops, raise --max_length or leave the sample out"
+        )
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation: 1 upright, 2 to 4 mirrored or upside down, 5 to 8 lying on a side."""
+    return image.getexif().get(ExifTags.Base.Orientation, 1)
+
+
+def _name(image) -> str:
+    return str((image.get("path") if isinstance(image, dict) else image) or "image")
+
+
+class ConversationDataset(torch.utils.data.Dataset):
+    """Rows of a task as features for training.
+
+    Args:
+        rows (Sequence): rows of the data set.
+        to_conversation (Callable): row -> Conversation, the task's own.
+        processor (Phi3VProcessor): its image processor's num_crops counts.
+        max_length (int, optional): longest sample allowed, in tokens.
+        seed (int): chooses among several answers, with the row's id and the epoch.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence,
+        to_conversation: Callable[[Any], Conversation],
+        processor: Phi3VProcessor,
+        max_length: int | None = None,
+        seed: int = 0,
+    ):
+        self.rows, self.to_conversation, self.processor = rows, to_conversation, processor
+        self.max_length, self.seed = max_length, seed
+        # In shared memory, so that workers that live on from epoch to epoch see it too.
+        self._epoch = torch.zeros((), dtype=torch.long).share_memory_()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the Trainer's data loader before each epoch."""
+        self._epoch.fill_(epoch)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        conversation = self.to_conversation(self.rows[index])
+        return encode_conversation(conversation, self.processor, self.max_length, int(self._epoch), self.seed)
+
+    def check(self) -> None:
+        """Checks all rows before a model is loaded, each rank its share: texts, tags, image headers, lengths.
+
+        Raises:
+            InputError: for the first row that cannot be used, on every rank.
+        """
+        state, found = PartialState(), []
+        for index in range(state.process_index, len(self.rows), state.num_processes):
+            try:
+                self._check_row(self.rows[index])
+            except InputError as error:
+                found.append((index, str(error)))
+                break
+        found = gather_object(found)
+        if found:
+            raise InputError(min(found)[1])
+
+    def _check_row(self, row) -> None:
+        conversation = self.to_conversation(row)
+        check_conversation(conversation, self.processor)
+        try:
+            length = count_tokens(conversation, self.processor)
+        except InputError as error:
+            raise InputError(f"sample {conversation.id}: {error}") from None
+        _check_length(length, self.max_length, f"sample {conversation.id}")

@@ -1,0 +1,186 @@
+"""Generates answers over all ranks, each row exactly once, in the data set's order."""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from phi3v import Phi3VProcessor
+
+from .arguments import RecipeArguments
+from .conversation import Conversation, load_images, to_messages
+
+
+@dataclass
+class Prediction:
+    """A generated answer beside what was asked.
+
+    Args:
+        id (str): id of the conversation.
+        turn (int): turn of the conversation, from 0.
+        question (str): text of the user in this turn.
+        references (list[str]): acceptable answers.
+        answer (str): generated answer.
+    """
+
+    id: str
+    turn: int
+    question: str
+    references: list[str]
+    answer: str
+
+
+class _Prompts(Dataset):
+    """(prompt, images) of each question; earlier turns of its conversation are given with their first answers.
+
+    Holds no image: rows are read again when their turn comes.
+    """
+
+    def __init__(self, rows: Sequence, to_conversation: Callable[[Any], Conversation], processor: Phi3VProcessor):
+        self.rows, self.to_conversation, self.processor = rows, to_conversation, processor
+        self.questions, self.places = [], []
+        for index, row in enumerate(rows):
+            conversation = to_conversation(row)
+            for turn, asked in enumerate(conversation.turns):
+                self.questions.append(Prediction(conversation.id, turn, asked.user, asked.answers, ""))
+                self.places.append((index, turn))
+
+    def __len__(self):
+        return len(self.places)
+
+    def __getitem__(self, index):
+        row, turn = self.places[index]
+        conversation = self.to_conversation(self.rows[row])
+        conversation = Conversation(conversation.id, conversation.turns[: turn + 1])
+        earlier = [turn.answers[0] for turn in conversation.turns[:-1]]
+        prompt = self.processor.apply_chat_template(to_messages(conversation, earlier), add_generation_prompt=True)
+        return prompt, load_images(conversation)
+
+    def collate(self, prompts):
+        if not prompts:
+            return None
+        texts, images = zip(*prompts, strict=True)
+        return self.processor(list(texts), list(images), padding=True, padding_side="left")
+
+
+def generate_answers(
+    model,
+    processor: Phi3VProcessor,
+    rows: Sequence,
+    to_conversation: Callable[[Any], Conversation],
+    args: RecipeArguments,
+    stage: str,
+) -> list[Prediction]:
+    """Answers every turn of every row greedily, on all ranks together.
+
+    The ranks answer batch after batch side by side, and each batch is appended to `predictions.jsonl` in the output
+    folder at once, in the data set's order, with `stage` as its first field.
+
+    Args:
+        model: the model or PEFT model, on the run's device.
+        processor (Phi3VProcessor): as for training.
+        rows (Sequence): rows of the data set.
+        to_conversation (Callable): row -> Conversation, the same as for training.
+        args (RecipeArguments): per_device_eval_batch_size, max_new_tokens, output_dir, precision.
+        stage (str): "before" or "after".
+
+    Returns:
+        list[Prediction]: one for each question, on every rank.
+    """
+    prompts = _Prompts(rows, to_conversation, processor)
+    size, ranks, rank = args.per_device_eval_batch_size, args.world_size, args.process_index
+    # Round k covers the next `ranks x size` questions; a rank without any in the last round still takes part.
+    starts = range(rank * size, -(-len(prompts) // (ranks * size)) * ranks * size, ranks * size)
+    batches = [list(range(len(prompts))[start : start + size]) for start in starts]
+    loader = DataLoader(
+        prompts, batch_sampler=batches, collate_fn=prompts.collate, num_workers=args.dataloader_num_workers
+    )
+    path = Path(args.output_dir) / "predictions.jsonl"
+    if rank == 0:
+        _remove_stage(path, stage)
+    predictions = []
+    model.eval()
+    bar = tqdm(total=len(prompts), desc=f"answers {stage} training", disable=args.disable_tqdm or rank > 0)
+    with open(path, "a", encoding="utf-8") if rank == 0 else nullcontext() as file, _precision(args):
+        for batch, inputs in zip(batches, loader, strict=True):
+            answers = _generate(model, processor, inputs, args) if batch else []
+            found = [
+                replace(prompts.questions[index], answer=answer) for index, answer in zip(batch, answers, strict=True)
+            ]
+            gathered = gather_object(found) if ranks > 1 else found
+            predictions += gathered
+            bar.update(len(gathered))
+            if rank == 0:
+                lines = [json.dumps({"stage": stage, **asdict(item)}, ensure_ascii=False) + "\n" for item in gathered]
+                file.writelines(lines)
+                file.flush()
+    bar.close()
+    return predictions
+
+
+def _remove_stage(path: Path, stage: str) -> None:
+    """Drops what an earlier run into the same folder answered at this stage."""
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        path.write_text("".join(line for line in lines if json.loads(line)["stage"] != stage), encoding="utf-8")
+
+
+def _precision(args: RecipeArguments):
+    # As in training: adapters are kept in float32 beside a base in 16 bits, and autocast brings the two together.
+    mixed = args.use_lora and args.compute_dtype != torch.float32
+    return torch.autocast(args.device.type, dtype=args.compute_dtype) if mixed else nullcontext()
+
+
+@torch.no_grad()
+def _generate(model, processor: Phi3VProcessor, inputs, args: RecipeArguments) -> list[str]:
+    inputs = inputs.to(args.device)
+    output = model.generate(**inputs, max_new_tokens=args.max_new_tokens, do_sample=False, use_cache=True)
+    answers = processor.tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [answer.strip() for answer in answers]
+
+
+def evaluate(
+    model,
+    processor: Phi3VProcessor,
+    rows: Sequence,
+    to_conversation: Callable[[Any], Conversation],
+    score: Callable[[list[Prediction]], dict[str, float]],
+    args: RecipeArguments,
+    stage: str,
+) -> dict[str, Any] | None:
+    """Answers all rows, scores the answers and writes `eval_<stage>.json`.
+
+    Args: see `generate_answers`; `score` gives the task's figures by name, first the main one.
+
+    Returns:
+        dict: the figures, num_answers, seconds, answers_unique and generated_texts_unique (first references and answers
+        in the data set's order, once each row, as the published recipe names them); None if there are no rows.
+    """
+    if not len(rows):
+        return None
+    start = time.monotonic()
+    predictions = generate_answers(model, processor, rows, to_conversation, args, stage)
+    result = {
+        **score(predictions),
+        "num_answers": len(predictions),
+        "seconds": round(time.monotonic() - start, 2),
+        "ids": [prediction.id for prediction in predictions],
+        "answers_unique": [prediction.references for prediction in predictions],
+        "generated_texts_unique": [prediction.answer for prediction in predictions],
+    }
+    if args.process_index == 0:
+        path = Path(args.output_dir) / f"eval_{stage}.json"
+        path.write_text(json.dumps(result, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        figures = ", ".join(f"{name} {value:.4f}" for name, value in score(predictions).items())
+        print(
+            f"{stage} training: {figures} ({len(predictions)} answers, {result['seconds']:.0f} s) -> {path}", flush=True
+        )
+    return result

@@ -1,0 +1,24 @@
+"""Scores of generated answers."""
+
+from rapidfuzz.distance import Levenshtein
+
+ANLS_THRESHOLD = 0.5
+
+
+def anls(answer: str, references: list[str]) -> float:
+    """Normalised Levenshtein similarity of an answer to the nearest reference; its mean over rows is ANLS.
+
+    Args:
+        answer (str): generated answer.
+        references (list[str]): acceptable answers.
+
+    Returns:
+        float: 1 for an equal answer, ignoring case and outer white space; 0 where half of the longer text or more would
+        have to change.
+
+    Source: Biten et al., Scene Text Visual Question Answering, 2019, equation 1, with the threshold of the DocVQA benchmark.
+    """
+    distance = min(
+        Levenshtein.normalized_distance(answer.strip().lower(), reference.strip().lower()) for reference in references
+    )
+    return 1 - distance if distance < ANLS_THRESHOLD else 0.0

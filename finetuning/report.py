@@ -1,0 +1,155 @@
+"""What a person looks at after a run: the loss curve, and a page with the predictions."""
+
+import base64
+import io
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from matplotlib.figure import Figure
+
+from .arguments import RecipeArguments
+from .conversation import Conversation, load_images
+
+MAX_ROWS = 50
+THUMBNAIL = 480  # pixels
+
+PAGE = """\
+<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<title>{{ title }}</title>
+<style>
+ body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #1b1f24 }
+ h1 { font-size: 1.5rem } h2 { font-size: 1.1rem; margin-top: 2rem }
+ table { border-collapse: collapse } td, th { padding: .3rem .8rem .3rem 0; text-align: left; vertical-align: top }
+ table.figures td { font-variant-numeric: tabular-nums }
+ .row { display: flex; gap: 1.2rem; padding: 1rem 0; border-top: 1px solid #d8dee4 }
+ .row > div { flex: 1 } .images { flex: 0 0 16rem !important } .images img { max-width: 100%; border: 1px solid #d8dee4 }
+ .good { color: #1a7f37 } .bad { color: #c0362c } .muted { color: #656d76 }
+ img.curve { max-width: 100% }
+ pre { white-space: pre-wrap; background: #f6f8fa; padding: .8rem }
+</style>
+<h1>{{ title }}</h1>
+<table class="figures">
+<tr><th><th>before<th>after
+{% for name, before, after in figures %}<tr><td>{{ name }}<td>{{ before }}<td>{{ after }}
+{% endfor %}</table>
+<pre>{{ description }}</pre>
+{% if curve %}<img class="curve" alt="training loss" src="{{ curve }}">{% endif %}
+<h2>Predictions ({{ rows | length }} of {{ total }})</h2>
+{% for row in rows %}<div class="row">
+<div class="images">{% for image in row.images %}<img alt="" src="{{ image }}">{% endfor %}</div>
+<div><div class="muted">{{ row.id }}</div><b>{{ row.question }}</b>
+<table>
+<tr><td class="muted">expected<td>{{ row.references | join(" / ") }}
+{% if row.before is not none %}<tr><td class="muted">before<td class="{{ row.before_class }}">{{ row.before }}{% endif %}
+<tr><td class="muted">after<td class="{{ row.after_class }}">{{ row.after }}
+</table></div>
+</div>
+{% endfor %}
+</html>
+"""
+
+
+def plot_curves(log_history: list[dict[str, float]]) -> Figure | None:
+    """Loss, learning rate and gradient norm over the optimizer steps; None if nothing was logged."""
+    logs = [entry for entry in log_history if "loss" in entry]
+    if not logs:
+        return None
+    figure = Figure(figsize=(12, 3.2), layout="constrained")
+    axes = figure.subplots(1, 3)
+    for axis, key, title in zip(
+        axes, ("loss", "grad_norm", "learning_rate"), ("training loss", "gradient norm", "learning rate"), strict=True
+    ):
+        points = [(entry["step"], entry[key]) for entry in logs if key in entry]
+        axis.plot(*zip(*points, strict=True), marker="." if len(points) < 30 else None)
+        axis.set(title=title, xlabel="optimizer step")
+        axis.grid(alpha=0.3)
+    return figure
+
+
+def write_report(
+    args: RecipeArguments,
+    title: str,
+    description: str,
+    log_history: list[dict[str, float]],
+    rows: Sequence,
+    to_conversation: Callable[[Any], Conversation],
+) -> Path:
+    """Writes curves.png and report.html into the output folder, from what the run has left there.
+
+    Every text is escaped, and the page holds only pictures that are drawn here.
+
+    Args:
+        args (RecipeArguments): for the output folder.
+        title (str): heading of the page.
+        description (str): what was trained, as `describe` printed it.
+        log_history (list[dict]): `trainer.state.log_history`.
+        rows, to_conversation: evaluation rows, as given to `evaluate`.
+
+    Returns:
+        Path: report.html.
+    """
+    folder = Path(args.output_dir)
+    figure = plot_curves(log_history)
+    if figure:
+        figure.savefig(folder / "curves.png", dpi=120)
+    results = {}
+    for stage in ("before", "after"):
+        path = folder / f"eval_{stage}.json"
+        results[stage] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    names = [name for name, value in results["after"].items() if isinstance(value, (int, float))]
+    answers = _answers(folder / "predictions.jsonl")
+    shown = []
+    for row in list(rows)[:MAX_ROWS]:
+        conversation = to_conversation(row)
+        for turn, asked in enumerate(conversation.turns):
+            item = {"id": conversation.id, "question": asked.user, "references": asked.answers, "images": []}
+            if turn == 0:
+                item["images"] = [_thumbnail(image) for image in load_images(conversation)]
+            for stage in ("before", "after"):
+                item[stage] = answers.get((stage, conversation.id, turn))
+                item[f"{stage}_class"] = "good" if _matches(item[stage], asked.answers) else "bad"
+            shown.append(item)
+    page = jinja2.Environment(autoescape=True).from_string(PAGE)
+    html = page.render(
+        title=title,
+        description=description,
+        figures=[(name, _figure(results["before"].get(name)), _figure(results["after"].get(name))) for name in names],
+        curve=_data_uri(folder / "curves.png") if figure else None,
+        rows=shown,
+        total=results["after"].get("num_answers", 0),
+    )
+    path = folder / "report.html"
+    path.write_text(html, encoding="utf-8")
+    return path
+
+
+def _answers(path: Path) -> dict[tuple[str, str, int], str]:
+    if not path.exists():
+        return {}
+    items = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return {(item["stage"], item["id"], item["turn"]): item["answer"] for item in items}
+
+
+def _matches(answer: str | None, references: list[str]) -> bool:
+    return answer is not None and answer.strip().lower() in {reference.strip().lower() for reference in references}
+
+
+def _figure(value) -> str:
+    return "" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def _data_uri(path: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+
+
+def _thumbnail(image) -> str:
+    image = image.convert("RGB")
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=80)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
