@@ -20,7 +20,7 @@ from transformers import Trainer
 
 from finetuning.arguments import RecipeArguments, parse_args
 from finetuning.collator import DataCollatorForPhi3V
-from finetuning.conversation import Conversation, ConversationDataset, Turn, read_splits, take
+from finetuning.conversation import Conversation, ConversationDataset, StartEpoch, Turn, read_splits, take
 from finetuning.errors import InputError, run
 from finetuning.evaluation import Prediction, evaluate
 from finetuning.metrics import anls
@@ -75,15 +75,15 @@ def main():
     processor = load_processor(args)
     train_rows, eval_rows = load_splits(args)
     eval_rows = take(eval_rows, args.eval_size)
-    train_dataset, eval_dataset = (
-        ConversationDataset(rows, to_conversation, processor, args.max_length, args.seed)
-        for rows in (train_rows, eval_rows)
+    train_dataset = ConversationDataset(
+        train_rows, to_conversation, processor, args.max_length, args.seed, args.batch_size
     )
+    eval_dataset = ConversationDataset(eval_rows, to_conversation, processor, args.max_length, args.seed)
     train_dataset.check()
     eval_dataset.check()
 
     model = load_model(args)
-    description = describe(model, args, len(train_dataset))
+    description = describe(model, args, train_dataset)
     if args.process_index == 0:
         print(description, flush=True)
     trainer = Trainer(
@@ -93,7 +93,7 @@ def main():
         eval_dataset=eval_dataset,
         data_collator=DataCollatorForPhi3V(processor.tokenizer.pad_token_id, args.padding_free),
         processing_class=processor,
-        callbacks=[GradientCheck(model)],
+        callbacks=[StartEpoch(), GradientCheck(model)],
     )
     if not args.resume_from_checkpoint:
         evaluate(model, processor, eval_rows, to_conversation, score, args, stage="before")

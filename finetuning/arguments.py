@@ -12,6 +12,7 @@ import torch
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import HfArg
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
 
 from .errors import InputError
 
@@ -146,6 +147,8 @@ class RecipeArguments(TrainingArguments):
             local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
             self.dataloader_num_workers = min(4, len(os.sched_getaffinity(0)) // local_ranks - 1)
         super().__post_init__()
+        if self.disable_tqdm or self.local_process_index:
+            logging.disable_progress_bar()
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -217,6 +220,8 @@ class RecipeArguments(TrainingArguments):
         # Without the flag, accelerate would not let the ranks of a machine without a GPU know of each other.
         self.use_cpu = self.use_cpu or not torch.cuda.is_available()
         on_gpu = not self.use_cpu
+        if self.use_cpu:
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         if on_gpu and local_rank >= torch.cuda.device_count():
             raise InputError(

@@ -14,6 +14,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from PIL import ExifTags, Image, ImageOps
+from transformers import TrainerCallback
 from transformers.image_processing_base import BatchFeature
 
 from phi3v import Phi3VProcessor
@@ -310,6 +311,8 @@ class ConversationDataset(torch.utils.data.Dataset):
         processor (Phi3VProcessor): its image processor's num_crops counts.
         max_length (int, optional): longest sample allowed, in tokens.
         seed (int): chooses among several answers, with the row's id and the epoch.
+        batch_size (int): effective batch. The last optimizer step of an epoch is filled up with rows of the same epoch, others
+            in each, so that every step sees exactly this many samples however they are split into ranks and micro-batches.
     """
 
     def __init__(
@@ -319,22 +322,26 @@ class ConversationDataset(torch.utils.data.Dataset):
         processor: Phi3VProcessor,
         max_length: int | None = None,
         seed: int = 0,
+        batch_size: int = 1,
     ):
         self.rows, self.to_conversation, self.processor = rows, to_conversation, processor
-        self.max_length, self.seed = max_length, seed
+        self.max_length, self.seed, self.batch_size = max_length, seed, batch_size
         # In shared memory, so that workers that live on from epoch to epoch see it too.
         self._epoch = torch.zeros((), dtype=torch.long).share_memory_()
 
-    def set_epoch(self, epoch: int) -> None:
-        """Called by the Trainer's data loader before each epoch."""
+    def start_epoch(self, epoch: int) -> None:
+        """Makes the next epoch choose its own answers; `StartEpoch` calls it."""
         self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return -(-len(self.rows) // self.batch_size) * self.batch_size
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        epoch = int(self._epoch)
+        if index >= len(self.rows):
+            index = (index + epoch * (len(self) - len(self.rows))) % len(self.rows)
         conversation = self.to_conversation(self.rows[index])
-        return encode_conversation(conversation, self.processor, self.max_length, int(self._epoch), self.seed)
+        return encode_conversation(conversation, self.processor, self.max_length, epoch, self.seed)
 
     def check(self) -> None:
         """Checks all rows before a model is loaded, each rank its share: texts, tags, image headers, lengths.
@@ -361,3 +368,11 @@ class ConversationDataset(torch.utils.data.Dataset):
         except InputError as error:
             raise InputError(f"sample {conversation.id}: {error}") from None
         _check_length(length, self.max_length, f"sample {conversation.id}")
+
+
+class StartEpoch(TrainerCallback):
+    """Tells the training data set which epoch begins. accelerate's data loader tells a data set only in some set-ups."""
+
+    def on_epoch_begin(self, args, state, control, train_dataloader, **kwargs):
+        """A resumed run begins in the middle of an epoch: `state.epoch` is then a fraction."""
+        train_dataloader.dataset.start_epoch(int(state.epoch or 0))

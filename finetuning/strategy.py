@@ -1,6 +1,8 @@
 """Loads model and processor, and makes trainable what the strategy trains: full, frozen vision, LoRA, QLoRA."""
 
+import math
 from collections import defaultdict
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -11,6 +13,7 @@ from transformers.utils import logging
 from phi3v import Phi3VConfig, Phi3VForCausalLM, Phi3VProcessor
 
 from .arguments import RecipeArguments
+from .conversation import ConversationDataset
 from .errors import InputError
 
 # Published settings: all linear layers of the language model and, unless vision is frozen, of CLIP and the projector.
@@ -65,7 +68,7 @@ def load_model(args: RecipeArguments) -> PreTrainedModel:
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=args.compute_dtype,
-            llm_int8_skip_modules=["vision_embed_tokens", "lm_head"],
+            llm_int8_skip_modules=["model.vision_embed_tokens", "lm_head"],
         )
     level = logging.get_verbosity()
     try:
@@ -91,6 +94,11 @@ def load_model(args: RecipeArguments) -> PreTrainedModel:
         raise InputError(
             f"{args.model_name_or_path}: expected {len(missing)} more weights, first {missing[0]}; is a shard missing?"
         )
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # On a CPU, bitsandbytes packs the weights for inference as soon as the model answers once, and every later
+            # training step would silently lose its gradients: the packed product has no backward pass.
+            module.support_avx512bf16_for_cpu = False
     model.to(args.device)
     # The last CLIP layer is never run: it would wait for gradients that never come.
     _unused(model).requires_grad_(False)
@@ -115,7 +123,10 @@ def _add_lora(model, args: RecipeArguments):
         init_lora_weights="gaussian",
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, config)
+    model = get_peft_model(model, config)
+    # Without this PEFT would put the whole frozen lm_head into every adapter file, because lm_head is one of the targets.
+    model.save_pretrained = partial(model.save_pretrained, save_embedding_layers=False)
+    return model
 
 
 def part_of(name: str) -> str:
@@ -127,7 +138,7 @@ def part_of(name: str) -> str:
     return "projector" if ".vision_embed_tokens." in name else "language model"
 
 
-def describe(model, args: RecipeArguments, num_train_rows: int) -> str:
+def describe(model, args: RecipeArguments, dataset: ConversationDataset) -> str:
     """What will be trained, and how, as a table to print before training."""
     counts = defaultdict(lambda: [0, 0, set()])
     for name, parameter in model.named_parameters():
@@ -145,8 +156,8 @@ def describe(model, args: RecipeArguments, num_train_rows: int) -> str:
     trained = sum(count[0] for count in counts.values())
     lines.append(f"{'all':<16}{trained:>16,}{total - trained:>16,}  {trained / total:.2%} trainable")
     ranks, micro = args.world_size, args.per_device_train_batch_size
-    steps_per_epoch = -(-num_train_rows // args.batch_size)
-    steps = args.max_steps if args.max_steps > 0 else int(-(-steps_per_epoch * args.num_train_epochs // 1))
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(len(dataset) // args.batch_size * args.num_train_epochs)
+    again = len(dataset) - len(dataset.rows)
     kernel = args.kernel
     if args.use_flash_attention and kernel == "sdpa":
         kernel = "sdpa (flash-attn is not installed: PyTorch's own flash kernel)"
@@ -157,7 +168,9 @@ def describe(model, args: RecipeArguments, num_train_rows: int) -> str:
         f"strategy         {args.strategy}; {engine}",
         f"device           {_device_name(args)}; compute {str(args.compute_dtype).removeprefix('torch.')}; attention {kernel}",
         f"effective batch  {args.batch_size} = {ranks} rank(s) x {micro} micro-batch x {args.gradient_accumulation_steps} accumulation",
-        f"steps            {steps} over {num_train_rows} rows; {args.get_warmup_steps(steps)} of them warm-up",
+        f"steps            {steps}, the first {args.get_warmup_steps(steps)} of them warm-up",
+        f"rows             {len(dataset.rows)}"
+        + (f", {again} of them twice in each epoch to fill its last step" if again else ""),
     ]
     if args.device.type == "cuda" and torch.cuda.device_count() > int(ranks):
         lines.append(
