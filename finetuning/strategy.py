@@ -1,6 +1,7 @@
 """Loads model and processor, and makes trainable what the strategy trains: full, frozen vision, LoRA, QLoRA."""
 
 import math
+import os
 from collections import defaultdict
 from functools import partial
 
@@ -79,7 +80,7 @@ def load_model(args: RecipeArguments) -> PreTrainedModel:
             dtype=args.compute_dtype,
             attn_implementation=args.kernel,
             quantization_config=quantization,
-            device_map={"": args.device} if args.use_qlora else None,
+            device_map={"": args.device},
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError) as error:
@@ -99,7 +100,6 @@ def load_model(args: RecipeArguments) -> PreTrainedModel:
             # On a CPU, bitsandbytes packs the weights for inference as soon as the model answers once, and every later
             # training step would silently lose its gradients: the packed product has no backward pass.
             module.support_avx512bf16_for_cpu = False
-    model.to(args.device)
     # The last CLIP layer is never run: it would wait for gradients that never come.
     _unused(model).requires_grad_(False)
     if args.freeze_vision_model:
@@ -162,7 +162,7 @@ def describe(model, args: RecipeArguments, dataset: ConversationDataset) -> str:
     if args.use_flash_attention and kernel == "sdpa":
         kernel = "sdpa (flash-attn is not installed: PyTorch's own flash kernel)"
     engine = (
-        f"DeepSpeed, {args.deepspeed}" if args.deepspeed else "DistributedDataParallel" if ranks > 1 else "one process"
+        f"DeepSpeed, {os.path.relpath(args.deepspeed)}" if args.deepspeed else "DistributedDataParallel" if ranks > 1 else "one process"
     )
     lines += [
         f"strategy         {args.strategy}; {engine}",
