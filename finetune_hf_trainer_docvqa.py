@@ -5,7 +5,8 @@
 
 Data: nielsr/docvqa_1200_examples (1,000 questions to train, 200 to test); with --full_train the_cauldron's docvqa to train
 and the same 200 to test; or --data_dir with rows {"id", "image", "query": {"en"}, "answers"} in rows.jsonl, which then has a
-field "split" of train or test, or in train.jsonl and test.jsonl. Image paths are relative to that folder.
+field "split" of train or test, or in train.jsonl and test.jsonl (image paths are relative to that folder), or with a
+converted folder (README).
 
 Metric: ANLS, average normalised Levenshtein similarity, 0 to 1, best over the acceptable answers.
 
@@ -13,18 +14,16 @@ Written into --output_dir: weights or adapter and the processor, eval_before.jso
 curves.png, report.html, checkpoint-N/. `--help` lists all flags.
 """
 
-import os
-
-from datasets import Image, List, load_dataset
 from transformers import Trainer
 
 from finetuning.arguments import RecipeArguments, parse_args
 from finetuning.collator import DataCollatorForPhi3V
-from finetuning.conversation import Conversation, ConversationDataset, StartEpoch, Turn, read_splits, take
-from finetuning.errors import InputError, run
+from finetuning.conversation import Conversation, ConversationDataset, StartEpoch, Turn, from_jsonl
+from finetuning.errors import run
 from finetuning.evaluation import Prediction, evaluate
 from finetuning.metrics import anls
 from finetuning.report import write_report
+from finetuning.rows import load_hub, read_splits, take
 from finetuning.strategy import GradientCheck, describe, load_model, load_processor
 
 PROMPT = "{question}\nAnswer briefly."
@@ -33,26 +32,18 @@ PROMPT = "{question}\nAnswer briefly."
 def load_splits(args: RecipeArguments):
     """Rows to train on and rows to answer."""
     if args.data_dir:
-        train, test = read_splits(args.data_dir)
-        for row in train + test:
-            if not isinstance(row.get("image"), str):
-                raise InputError(
-                    f'{args.data_dir}: sample {row.get("id")}: expected "image" with a path, found {row.get("image")!r}'
-                )
-            row["image"] = os.path.join(args.data_dir, row["image"])
-        return train, test
-    with args.main_process_first():
-        small = load_dataset("nielsr/docvqa_1200_examples").cast_column("image", Image(decode=False))
-        train = small["train"]
-        if args.full_train:
-            train = load_dataset("HuggingFaceM4/the_cauldron", "docvqa", split="train")
-            train = train.cast_column("images", List(Image(decode=False)))
-            train = train.add_column("id", [f"cauldron-{index}" for index in range(len(train))])
-    return train, small["test"]
+        return read_splits(args.data_dir, evaluation=args.eval_split or ("test", "val"))
+    if args.full_train:
+        train = load_hub(args, "HuggingFaceM4/the_cauldron", "docvqa")
+    else:
+        train = load_hub(args, "nielsr/docvqa_1200_examples")
+    return train, load_hub(args, "nielsr/docvqa_1200_examples", split="test")
 
 
 def to_conversation(row: dict) -> Conversation:
     """One page and its question; the_cauldron's rows ask several questions about a page, one a turn."""
+    if "conversations" in row:
+        return from_jsonl(row)
     if "texts" in row:
         # There a line such as "Give a very brief answer." follows the question, and a full stop each answer.
         turns = [
@@ -101,7 +92,9 @@ def main():
     trainer.save_model()
     evaluate(model, processor, eval_rows, to_conversation, score, args, stage="after")
     if args.process_index == 0:
-        path = write_report(args, "DocVQA", description, trainer.state.log_history, eval_rows, to_conversation)
+        path = write_report(
+            args, __doc__.splitlines()[0], description, trainer.state.log_history, eval_rows, to_conversation
+        )
         print(f"report -> {path}", flush=True)
 
 

@@ -35,7 +35,7 @@ GROUPS = {
         "adam_epsilon",
         "max_grad_norm",
     ],
-    "evaluation": ["eval_size", "per_device_eval_batch_size", "max_new_tokens"],
+    "evaluation": ["eval_split", "eval_size", "per_device_eval_batch_size", "max_new_tokens"],
     "output": ["output_dir", "save_steps", "save_total_limit", "resume_from_checkpoint", "disable_tqdm"],
 }  # fmt: skip
 OTHER = "Hugging Face TrainingArguments"
@@ -101,6 +101,9 @@ class RecipeArguments(TrainingArguments):
     adam_epsilon: float = HfArg(default=1e-7, help="AdamW epsilon")
     max_grad_norm: float = HfArg(default=1.0, help="gradients are clipped to this norm")
 
+    eval_split: str | None = HfArg(
+        default=None, help="split of --data_dir that is answered, such as val or test (default: the task's usual one)"
+    )
     eval_size: int | None = HfArg(
         default=None, help="rows answered before and after training (default: all of the split; 0: no evaluation)"
     )

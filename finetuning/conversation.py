@@ -1,13 +1,10 @@
-"""Conversation, what every task's rows become; how rows are read and checked, and how a conversation is encoded."""
+"""Conversation, what every task's rows become; how it is checked and encoded, and the data set of encoded conversations."""
 
 import io
-import json
-import os
 import random
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,11 +31,13 @@ class Turn:
         user (str): the question. Image tags `<|image_1|>`, ... are put before it unless it holds its own.
         answers (list[str]): acceptable answers; training picks one in each epoch, evaluation may compare with all.
         images (list): images of this turn: paths, PIL images, or the {"bytes", "path"} of a `datasets.Image` column.
+        choices (list[str]): for a closed question all possible answers; evaluation then records their probabilities.
     """
 
     user: str
     answers: list[str]
     images: list = field(default_factory=list)
+    choices: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -53,63 +52,28 @@ class Conversation:
         return [image for turn in self.turns for image in turn.images]
 
 
-def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """Rows of a jsonl file, one JSON object a line; empty lines are skipped.
+def from_jsonl(row: dict[str, Any]) -> Conversation:
+    """Conversation of a row of a converted folder: {"id", "conversations": [{"images", "user", "assistant"}]}.
 
     Raises:
-        InputError: with file and line, if the file cannot be read or a line is not a JSON object.
+        InputError: with the row's id, if a field is missing or of another type.
     """
-    rows = []
-    try:
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise InputError(
-                        f"{path}:{number}: expected a JSON object, found {error.msg} at column {error.colno}"
-                    ) from None
-                if not isinstance(row, dict):
-                    raise InputError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
-                rows.append(row)
-    except OSError as error:
-        raise InputError(f"{path}: expected a jsonl file, found: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: expected UTF-8 text, found {error.reason} at byte {error.start}") from None
-    if not rows:
-        raise InputError(f"{path}: expected at least one row, found none")
-    return rows
-
-
-def read_splits(data_dir: str | os.PathLike, train: str = "train", evaluation: str = "test") -> tuple[list, list]:
-    """Train and evaluation rows of a folder: `rows.jsonl` with a field `split`, or one jsonl file for each split.
-
-    Raises:
-        InputError: if the files are missing or a split has no rows.
-    """
-    folder = Path(data_dir)
-    if (folder / "rows.jsonl").exists():
-        rows = read_jsonl(folder / "rows.jsonl")
-        splits = [[row for row in rows if row.get("split") == name] for name in (train, evaluation)]
-        for name, found in zip((train, evaluation), splits, strict=True):
-            if not found:
-                raise InputError(f'{folder / "rows.jsonl"}: expected rows with "split": "{name}", found none')
-        return splits[0], splits[1]
-    paths = [folder / f"{name}.jsonl" for name in (train, evaluation)]
-    if not all(path.exists() for path in paths):
-        raise InputError(
-            f"--data_dir {folder}: expected rows.jsonl with a field split, or {train}.jsonl and {evaluation}.jsonl"
-        )
-    return read_jsonl(paths[0]), read_jsonl(paths[1])
-
-
-def take(rows: Sequence, count: int | None) -> Sequence:
-    """The first `count` rows of a list or of a `datasets.Dataset`; all of them without a count."""
-    if count is None or count >= len(rows):
-        return rows
-    return rows[:count] if isinstance(rows, list) else rows.select(range(count))
+    where = f"sample {row.get('id')}"
+    if not isinstance(row.get("id"), (str, int)):
+        raise InputError(f'{where}: expected "id" with a text or number, found {row.get("id")!r}')
+    if not isinstance(row.get("conversations"), list) or not row["conversations"]:
+        raise InputError(f'{where}: expected "conversations" with a list of turns, found {row.get("conversations")!r}')
+    turns = []
+    for number, turn in enumerate(row["conversations"], 1):
+        if not isinstance(turn, dict):
+            raise InputError(f"{where}, turn {number}: expected an object, found {turn!r}")
+        user, answers, images = turn.get("user"), turn.get("assistant"), turn.get("images", [])
+        if not isinstance(user, str):
+            raise InputError(f'{where}, turn {number}: expected "user" with a text, found {user!r}')
+        if not isinstance(images, list):
+            raise InputError(f'{where}, turn {number}: expected "images" with a list of paths, found {images!r}')
+        turns.append(Turn(user, answers if isinstance(answers, list) else [answers], images))
+    return Conversation(str(row["id"]), turns)
 
 
 def open_image(source) -> Image.Image:
@@ -352,7 +316,7 @@ class ConversationDataset(torch.utils.data.Dataset):
         state, found = PartialState(), []
         for index in range(state.process_index, len(self.rows), state.num_processes):
             try:
-                self._check_row(self.rows[index])
+                self._check_row(index)
             except InputError as error:
                 found.append((index, str(error)))
                 break
@@ -360,8 +324,15 @@ class ConversationDataset(torch.utils.data.Dataset):
         if found:
             raise InputError(min(found)[1])
 
-    def _check_row(self, row) -> None:
-        conversation = self.to_conversation(row)
+    def _check_row(self, index: int) -> None:
+        row = self.rows[index]
+        try:
+            conversation = self.to_conversation(row)
+        except (KeyError, TypeError, IndexError, AttributeError) as error:
+            name = f"sample {row['id']}" if "id" in row else f"row {index + 1}"
+            raise InputError(
+                f"{name}: expected the fields that this script's docstring names, found {', '.join(row)} ({error!r})"
+            ) from None
         check_conversation(conversation, self.processor)
         try:
             length = count_tokens(conversation, self.processor)

@@ -4,7 +4,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,16 @@ class Prediction:
         question (str): text of the user in this turn.
         references (list[str]): acceptable answers.
         answer (str): generated answer.
+        choices (dict[str, float]): log-probability that the model gives to each choice of a closed question as its whole
+            answer, in nats; empty for an open question.
     """
 
     id: str
     turn: int
     question: str
     references: list[str]
-    answer: str
+    answer: str = ""
+    choices: dict[str, float] = field(default_factory=dict)
 
 
 class _Prompts(Dataset):
@@ -50,7 +53,8 @@ class _Prompts(Dataset):
         for index, row in enumerate(rows):
             conversation = to_conversation(row)
             for turn, asked in enumerate(conversation.turns):
-                self.questions.append(Prediction(conversation.id, turn, asked.user, asked.answers, ""))
+                choices = dict.fromkeys(asked.choices, 0.0)
+                self.questions.append(Prediction(conversation.id, turn, asked.user, asked.answers, "", choices))
                 self.places.append((index, turn))
 
     def __len__(self):
@@ -111,10 +115,8 @@ def generate_answers(
     bar = tqdm(total=len(prompts), desc=f"answers {stage} training", disable=args.disable_tqdm or rank > 0)
     with open(path, "a", encoding="utf-8") if rank == 0 else nullcontext() as file, _precision(args):
         for batch, inputs in zip(batches, loader, strict=True):
-            answers = _generate(model, processor, inputs, args) if batch else []
-            found = [
-                replace(prompts.questions[index], answer=answer) for index, answer in zip(batch, answers, strict=True)
-            ]
+            asked = [prompts.questions[index] for index in batch]
+            found = _generate(model, processor, inputs, asked, args) if batch else []
             gathered = gather_object(found) if ranks > 1 else found
             predictions += gathered
             bar.update(len(gathered))
@@ -140,11 +142,33 @@ def _precision(args: RecipeArguments):
 
 
 @torch.no_grad()
-def _generate(model, processor: Phi3VProcessor, inputs, args: RecipeArguments) -> list[str]:
+def _generate(model, processor: Phi3VProcessor, inputs, asked: list[Prediction], args) -> list[Prediction]:
     inputs = inputs.to(args.device)
     output = model.generate(**inputs, max_new_tokens=args.max_new_tokens, do_sample=False, use_cache=True)
-    answers = processor.tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return [answer.strip() for answer in answers]
+    texts = processor.tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    predictions = [replace(question, answer=text.strip()) for question, text in zip(asked, texts, strict=True)]
+    for choice in sorted({choice for question in asked for choice in question.choices}):
+        scores = _log_probability(model, processor, inputs, choice)
+        for prediction, value in zip(predictions, scores, strict=True):
+            if choice in prediction.choices:
+                prediction.choices[choice] = value
+    return predictions
+
+
+def _log_probability(model, processor: Phi3VProcessor, inputs, choice: str) -> list[float]:
+    """Log-probability of `choice` and its `<|end|>` as the whole answer to each prompt of a left-padded batch."""
+    start = len(processor.tokenize("<|assistant|>\n"))
+    answer = torch.tensor(
+        processor.tokenize(f"<|assistant|>\n{choice}<|end|>")[start:], device=inputs["input_ids"].device
+    )
+    answer = answer.expand(len(inputs["input_ids"]), -1)
+    longer = {
+        **inputs,
+        "input_ids": torch.cat((inputs["input_ids"], answer), dim=1),
+        "attention_mask": torch.cat((inputs["attention_mask"], torch.ones_like(answer)), dim=1),
+    }
+    logits = model(**longer, logits_to_keep=answer.shape[1] + 1).logits[:, :-1]  # (B, answer, V)
+    return logits.float().log_softmax(-1).gather(-1, answer[..., None]).sum((1, 2)).tolist()
 
 
 def evaluate(
@@ -158,7 +182,8 @@ def evaluate(
 ) -> dict[str, Any] | None:
     """Answers all rows, scores the answers and writes `eval_<stage>.json`.
 
-    Args: see `generate_answers`; `score` gives the task's figures by name, first the main one.
+    Args: see `generate_answers`; `score` gives the task's figures by name, first the main one; names with a slash are
+    details that are written but not printed.
 
     Returns:
         dict: the figures, num_answers, seconds, answers_unique and generated_texts_unique (first references and answers
@@ -168,8 +193,9 @@ def evaluate(
         return None
     start = time.monotonic()
     predictions = generate_answers(model, processor, rows, to_conversation, args, stage)
+    figures = score(predictions)
     result = {
-        **score(predictions),
+        **figures,
         "num_answers": len(predictions),
         "seconds": round(time.monotonic() - start, 2),
         "ids": [prediction.id for prediction in predictions],
@@ -179,7 +205,7 @@ def evaluate(
     if args.process_index == 0:
         path = Path(args.output_dir) / f"eval_{stage}.json"
         path.write_text(json.dumps(result, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-        figures = ", ".join(f"{name} {value:.4f}" for name, value in score(predictions).items())
+        figures = ", ".join(f"{name} {value:.4f}" for name, value in figures.items() if "/" not in name)
         print(
             f"{stage} training: {figures} ({len(predictions)} answers, {result['seconds']:.0f} s) -> {path}", flush=True
         )

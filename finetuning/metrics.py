@@ -22,3 +22,12 @@ def anls(answer: str, references: list[str]) -> float:
         Levenshtein.normalized_distance(answer.strip().lower(), reference.strip().lower()) for reference in references
     )
     return 1 - distance if distance < ANLS_THRESHOLD else 0.0
+
+
+def exact_match(answer: str, references: list[str]) -> bool:
+    """Whether an answer equals a reference, ignoring case, outer white space and a full stop at the end."""
+    return _plain(answer) in {_plain(reference) for reference in references}
+
+
+def _plain(text: str) -> str:
+    return text.strip().removesuffix(".").strip().lower()

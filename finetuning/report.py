@@ -12,9 +12,11 @@ from matplotlib.figure import Figure
 
 from .arguments import RecipeArguments
 from .conversation import Conversation, load_images
+from .metrics import exact_match
 
 MAX_ROWS = 50
 THUMBNAIL = 480  # pixels
+MAX_CLASSES = 120
 
 PAGE = """\
 <!doctype html>
@@ -39,6 +41,7 @@ PAGE = """\
 {% endfor %}</table>
 <pre>{{ description }}</pre>
 {% if curve %}<img class="curve" alt="training loss" src="{{ curve }}">{% endif %}
+{% if confusion %}<h2>Answers after training by class</h2><img alt="confusion matrix" src="{{ confusion }}">{% endif %}
 <h2>Predictions ({{ rows | length }} of {{ total }})</h2>
 {% for row in rows %}<div class="row">
 <div class="images">{% for image in row.images %}<img alt="" src="{{ image }}">{% endfor %}</div>
@@ -71,6 +74,30 @@ def plot_curves(log_history: list[dict[str, float]]) -> Figure | None:
     return figure
 
 
+def plot_confusion(references: list[list[str]], answers: list[str]) -> Figure | None:
+    """How often each class is answered for each class; None unless every question has one of a few expected answers."""
+    classes = sorted({options[0] for options in references})
+    if any(len(options) > 1 for options in references) or not 2 <= len(classes) <= MAX_CLASSES:
+        return None
+    columns = [*classes, "other"]
+    counts = [[0] * len(columns) for _ in classes]
+    for (expected,), answer in zip(references, answers, strict=True):
+        found = next((name for name in classes if exact_match(answer, [name])), "other")
+        counts[classes.index(expected)][columns.index(found)] += 1
+    side = 2.5 + 0.45 * len(columns)
+    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    axis = figure.subplots()
+    axis.imshow(counts, cmap="Blues")
+    axis.set_xticks(range(len(columns)), columns, rotation=60, ha="right", rotation_mode="anchor", parse_math=False)
+    axis.set_yticks(range(len(classes)), classes, parse_math=False)
+    axis.set(xlabel="answered", ylabel="expected")
+    highest = max(max(row) for row in counts)
+    for y, row in enumerate(counts):
+        for x, count in enumerate(row):
+            axis.text(x, y, str(count), ha="center", va="center", color="white" if count > highest / 2 else "black")
+    return figure
+
+
 def write_report(
     args: RecipeArguments,
     title: str,
@@ -79,7 +106,7 @@ def write_report(
     rows: Sequence,
     to_conversation: Callable[[Any], Conversation],
 ) -> Path:
-    """Writes curves.png and report.html into the output folder, from what the run has left there.
+    """Writes curves.png, report.html and, for a few classes, confusion.png into the output folder, from what the run has left there.
 
     Every text is escaped, and the page holds only pictures that are drawn here.
 
@@ -97,11 +124,16 @@ def write_report(
     figure = plot_curves(log_history)
     if figure:
         figure.savefig(folder / "curves.png", dpi=120)
+    confusion = None
     results = {}
     for stage in ("before", "after"):
         path = folder / f"eval_{stage}.json"
         results[stage] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     names = [name for name, value in results["after"].items() if isinstance(value, (int, float))]
+    if results["after"]:
+        confusion = plot_confusion(results["after"]["answers_unique"], results["after"]["generated_texts_unique"])
+    if confusion:
+        confusion.savefig(folder / "confusion.png", dpi=120)
     answers = _answers(folder / "predictions.jsonl")
     shown = []
     for row in list(rows)[:MAX_ROWS]:
@@ -120,6 +152,7 @@ def write_report(
         description=description,
         figures=[(name, _figure(results["before"].get(name)), _figure(results["after"].get(name))) for name in names],
         curve=_data_uri(folder / "curves.png") if figure else None,
+        confusion=_data_uri(folder / "confusion.png") if confusion else None,
         rows=shown,
         total=results["after"].get("num_answers", 0),
     )

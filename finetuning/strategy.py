@@ -162,7 +162,11 @@ def describe(model, args: RecipeArguments, dataset: ConversationDataset) -> str:
     if args.use_flash_attention and kernel == "sdpa":
         kernel = "sdpa (flash-attn is not installed: PyTorch's own flash kernel)"
     engine = (
-        f"DeepSpeed, {os.path.relpath(args.deepspeed)}" if args.deepspeed else "DistributedDataParallel" if ranks > 1 else "one process"
+        f"DeepSpeed, {os.path.relpath(args.deepspeed)}"
+        if args.deepspeed
+        else "DistributedDataParallel"
+        if ranks > 1
+        else "one process"
     )
     lines += [
         f"strategy         {args.strategy}; {engine}",

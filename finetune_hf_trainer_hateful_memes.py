@@ -1,0 +1,105 @@
+"""Fine-tunes Phi-3.5-vision to tell hateful memes from harmless ones (Hateful Memes).
+
+    torchrun --nproc_per_node=8 finetune_hf_trainer_hateful_memes.py --bf16 --use_flash_attention --batch_size 64
+
+Data: the_cauldron's hateful_memes, its first 500 rows to answer and the others to train; or --data_dir in the layout of the
+original challenge (train.jsonl and dev.jsonl with {"id", "img", "label", "text"}, img/; --eval_split test where a test file has
+labels), or with a converted folder (README).
+
+Metrics: accuracy of the generated answers, 0 to 1; auroc, by which the challenge ranks, of the probability that the model
+gives to "Yes" against "No".
+
+Written into --output_dir: weights or adapter and the processor, eval_before.json, eval_after.json, predictions.jsonl,
+curves.png, confusion.png, report.html, checkpoint-N/. `--help` lists all flags.
+"""
+
+from sklearn.metrics import roc_auc_score
+from transformers import Trainer
+
+from finetuning.arguments import RecipeArguments, parse_args
+from finetuning.collator import DataCollatorForPhi3V
+from finetuning.conversation import Conversation, ConversationDataset, StartEpoch, Turn, from_jsonl
+from finetuning.errors import run
+from finetuning.evaluation import Prediction, evaluate
+from finetuning.metrics import exact_match
+from finetuning.report import write_report
+from finetuning.rows import load_hub, read_splits, take
+from finetuning.strategy import GradientCheck, describe, load_model, load_processor
+
+PROMPT = 'The text in this meme is "{text}". Is the meme hateful?\nAnswer yes or no.'
+CHOICES = ["No.", "Yes."]
+HELD_OUT = 500
+
+
+def load_splits(args: RecipeArguments):
+    """Rows to train on and rows to answer."""
+    if args.data_dir:
+        return read_splits(args.data_dir, evaluation=args.eval_split or ("dev", "val", "test"))
+    rows = load_hub(args, "HuggingFaceM4/the_cauldron", "hateful_memes")
+    return rows.select(range(HELD_OUT, len(rows))), rows.select(range(HELD_OUT))
+
+
+def to_conversation(row: dict) -> Conversation:
+    """One meme and its text; the answer is yes or no."""
+    if "conversations" in row:
+        conversation = from_jsonl(row)
+    elif "texts" in row:
+        text = row["texts"][0]
+        conversation = Conversation(str(row["id"]), [Turn(text["user"], [text["assistant"]], row["images"])])
+    else:
+        turn = Turn(PROMPT.format(text=row["text"]), [CHOICES[row["label"]]], [row["img"]])
+        conversation = Conversation(str(row["id"]), [turn])
+    for turn in conversation.turns:
+        turn.choices = CHOICES
+    return conversation
+
+
+def score(predictions: list[Prediction]) -> dict[str, float]:
+    """Accuracy, and AUROC where both answers occur."""
+    figures = {"accuracy": sum(exact_match(item.answer, item.references) for item in predictions) / len(predictions)}
+    labels = [exact_match("Yes", item.references) for item in predictions]
+    if len(set(labels)) == 2:
+        hateful = [item.choices["Yes."] - item.choices["No."] for item in predictions]
+        figures["auroc"] = float(roc_auc_score(labels, hateful))
+    return figures
+
+
+def main():
+    args = parse_args()
+    processor = load_processor(args)
+    train_rows, eval_rows = load_splits(args)
+    eval_rows = take(eval_rows, args.eval_size)
+    train_dataset = ConversationDataset(
+        train_rows, to_conversation, processor, args.max_length, args.seed, args.batch_size
+    )
+    eval_dataset = ConversationDataset(eval_rows, to_conversation, processor, args.max_length, args.seed)
+    train_dataset.check()
+    eval_dataset.check()
+
+    model = load_model(args)
+    description = describe(model, args, train_dataset)
+    if args.process_index == 0:
+        print(description, flush=True)
+    trainer = Trainer(
+        model=model,
+        args=args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        data_collator=DataCollatorForPhi3V(processor.tokenizer.pad_token_id, args.padding_free),
+        processing_class=processor,
+        callbacks=[StartEpoch(), GradientCheck(model)],
+    )
+    if not args.resume_from_checkpoint:
+        evaluate(model, processor, eval_rows, to_conversation, score, args, stage="before")
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.save_model()
+    evaluate(model, processor, eval_rows, to_conversation, score, args, stage="after")
+    if args.process_index == 0:
+        path = write_report(
+            args, __doc__.splitlines()[0], description, trainer.state.log_history, eval_rows, to_conversation
+        )
+        print(f"report -> {path}", flush=True)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,92 @@
+"""Fine-tunes Phi-3.5-vision to classify short videos, 8 frames each (UCF-101).
+
+    python convert_ucf101.py --out_dir /path/to/converted_ucf101
+    torchrun --nproc_per_node=4 finetune_hf_trainer_ucf101.py --data_dir /path/to/converted_ucf101 --bf16
+
+Data: --data_dir with a folder that convert_ucf101.py has written, or any other in that form (README): NAME_train.jsonl,
+NAME_val.jsonl, NAME_test.jsonl and images/. Answers val, or with --eval_split test the test split.
+
+Metrics: accuracy, 0 to 1, and accuracy/CLASS of each class.
+
+Written into --output_dir: weights or adapter and the processor, eval_before.json, eval_after.json, predictions.jsonl,
+curves.png, confusion.png, report.html, checkpoint-N/. `--help` lists all flags.
+"""
+
+from transformers import Trainer
+
+from finetuning.arguments import RecipeArguments, parse_args
+from finetuning.collator import DataCollatorForPhi3V
+from finetuning.conversation import ConversationDataset, StartEpoch, from_jsonl
+from finetuning.errors import InputError, run
+from finetuning.evaluation import Prediction, evaluate
+from finetuning.metrics import exact_match
+from finetuning.report import write_report
+from finetuning.rows import read_splits, take
+from finetuning.strategy import GradientCheck, describe, load_model, load_processor
+
+# 8 frames of 5 crops at most: about 6,000 tokens a clip.
+NUM_CROPS = 4
+
+
+def load_splits(args: RecipeArguments):
+    """Rows to train on and rows to answer."""
+    if not args.data_dir:
+        raise InputError(
+            "--data_dir: expected the folder that `python convert_ucf101.py --out_dir DIR` writes, found none"
+        )
+    return read_splits(args.data_dir, evaluation=args.eval_split or ("val", "test"))
+
+
+# The frames of a clip are the images of its only turn.
+to_conversation = from_jsonl
+
+
+def score(predictions: list[Prediction]) -> dict[str, float]:
+    """Accuracy, and of each class by itself."""
+    right = [(item.references[0], exact_match(item.answer, item.references)) for item in predictions]
+    figures = {"accuracy": sum(is_right for _, is_right in right) / len(right)}
+    for name in sorted({name for name, _ in right}):
+        of_class = [is_right for found, is_right in right if found == name]
+        figures[f"accuracy/{name}"] = sum(of_class) / len(of_class)
+    return figures
+
+
+def main():
+    args = parse_args(num_crops=NUM_CROPS)
+    processor = load_processor(args)
+    train_rows, eval_rows = load_splits(args)
+    eval_rows = take(eval_rows, args.eval_size)
+    train_dataset = ConversationDataset(
+        train_rows, to_conversation, processor, args.max_length, args.seed, args.batch_size
+    )
+    eval_dataset = ConversationDataset(eval_rows, to_conversation, processor, args.max_length, args.seed)
+    train_dataset.check()
+    eval_dataset.check()
+
+    model = load_model(args)
+    description = describe(model, args, train_dataset)
+    if args.process_index == 0:
+        print(description, flush=True)
+    trainer = Trainer(
+        model=model,
+        args=args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        data_collator=DataCollatorForPhi3V(processor.tokenizer.pad_token_id, args.padding_free),
+        processing_class=processor,
+        callbacks=[StartEpoch(), GradientCheck(model)],
+    )
+    if not args.resume_from_checkpoint:
+        evaluate(model, processor, eval_rows, to_conversation, score, args, stage="before")
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.save_model()
+    evaluate(model, processor, eval_rows, to_conversation, score, args, stage="after")
+    if args.process_index == 0:
+        path = write_report(
+            args, __doc__.splitlines()[0], description, trainer.state.log_history, eval_rows, to_conversation
+        )
+        print(f"report -> {path}", flush=True)
+
+
+if __name__ == "__main__":
+    run(main)
