@@ -1,6 +1,7 @@
 """Phi3VImageProcessor: the HD transform, which turns an image of any size into 336 x 336 crops, without torchvision."""
 
 import math
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -95,6 +96,8 @@ def _array_to_pil(image) -> Image.Image:
         raise ValueError(f"image array of shape {image.shape}: expected (H, W), (H, W, C) or (C, H, W), C = 1, 3 or 4")
     if 0 in image.shape:
         raise ValueError(f"image array of shape {image.shape}: expected at least 1 pixel on each side")
+    if image.dtype == np.bool_:
+        image = image.astype(np.uint8) * 255
     low, high = image.min(), image.max()
     limit = 1 if np.issubdtype(image.dtype, np.floating) else 255
     if not (low >= 0 and high <= limit):
@@ -135,22 +138,22 @@ class Phi3VImageProcessor(BaseImageProcessor):
         # The official file names remote code there.
         kwargs.pop("auto_map", None)
         super().__init__(**kwargs)
-        self.num_crops = num_crops
+        self.num_crops = self._settle_num_crops(num_crops)
         self.image_mean = list(image_mean or OPENAI_CLIP_MEAN)
         self.image_std = list(image_std or OPENAI_CLIP_STD)
         self.num_img_tokens = num_img_tokens
         self.crop_size = crop_size
         self.do_convert_rgb = do_convert_rgb
-        self._check_num_crops(num_crops)
 
-    @staticmethod
-    def _check_num_crops(num_crops):
-        if not isinstance(num_crops, int) or not 1 <= num_crops <= MAX_NUM_CROPS:
+    def _settle_num_crops(self, num_crops: int | None) -> int:
+        num_crops = self.num_crops if num_crops is None else num_crops
+        if isinstance(num_crops, bool) or not isinstance(num_crops, Integral) or not 1 <= num_crops <= MAX_NUM_CROPS:
             raise ValueError(f"num_crops is {num_crops!r}: expected a whole number from 1 to {MAX_NUM_CROPS}")
+        return int(num_crops)
 
     def calc_num_image_tokens_from_image_size(self, width: int, height: int, num_crops: int | None = None) -> int:
         """Image tokens of a `width` x `height` image, known without decoding it (same name as the official method)."""
-        resized = hd_size(width, height, num_crops or self.num_crops, self.crop_size)
+        resized = hd_size(width, height, self._settle_num_crops(num_crops), self.crop_size)
         padded_width, padded_height = padded_size(*resized, self.crop_size)
         return count_image_tokens(padded_height, padded_width, self.crop_size, math.isqrt(self.num_img_tokens))
 
@@ -165,7 +168,7 @@ class Phi3VImageProcessor(BaseImageProcessor):
             np.ndarray: uint8, (H, W, 3), H and W multiples of the crop size.
         """
         image = to_pil(image)
-        width, height = hd_size(*image.size, num_crops or self.num_crops, self.crop_size)
+        width, height = hd_size(*image.size, self._settle_num_crops(num_crops), self.crop_size)
         if image.width >= image.height:
             image = image.resize((width, height), Image.Resampling.BILINEAR)
         else:
@@ -202,10 +205,11 @@ class Phi3VImageProcessor(BaseImageProcessor):
         Raises:
             ValueError: if `num_crops` is out of range or an image cannot be used.
         """
-        num_crops = self.num_crops if num_crops is None else num_crops
-        self._check_num_crops(num_crops)
+        images = _flatten(images)
+        if not images:
+            raise ValueError("found no image: expected at least one")
         crops, sizes = [], []
-        for image in _flatten(images):
+        for image in images:
             image_crops, size = self._crop(self.hd_transform(image, num_crops))
             crops.append(image_crops)
             sizes.append(size)

@@ -58,11 +58,9 @@ class Phi3VRotaryEmbedding(nn.Module):
         run = nn.functional.pad(position_ids.diff(dim=-1) != 1, (1, 0)).cumsum(-1)
         last = torch.zeros_like(position_ids).scatter_reduce(-1, run, position_ids, "amax").gather(-1, run)
         is_long = last >= self.config.original_max_position_embeddings
-        # A disabled autocast: under fp16 or bf16 the product below would be rounded.
-        with torch.autocast(x.device.type, enabled=False):
-            angles = position_ids[..., None].float() * torch.where(is_long[..., None], long, short)
-            angles = torch.cat((angles, angles), dim=-1)
-            return (angles.cos() * scaling).to(x.dtype), (angles.sin() * scaling).to(x.dtype)
+        angles = position_ids[..., None].float() * torch.where(is_long[..., None], long, short)
+        angles = torch.cat((angles, angles), dim=-1)
+        return (angles.cos() * scaling).to(x.dtype), (angles.sin() * scaling).to(x.dtype)
 
 
 class Phi3VVisionTower(nn.Module):
@@ -114,21 +112,23 @@ class Phi3VImageEmbedding(nn.Module):
             TypeError: if the pixels are not floating point.
             ValueError: if shapes, sizes and number of crops do not fit each other.
         """
-        grids = self._check(pixel_values, image_sizes)
-        counts = [1 + rows * columns for rows, columns in grids]
+        images = self.split_images(pixel_values, image_sizes)
         if pixel_values.ndim == 5:
-            pixel_values = torch.cat([crops[:count] for crops, count in zip(pixel_values, counts, strict=True)])
+            pixel_values = torch.cat(images)
         # A frozen tower runs without autograd, whatever hooks (`enable_input_require_grads`) ask for.
         trained = any(parameter.requires_grad for parameter in self.img_processor.parameters())
         with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
-            patches = self.img_processor(pixel_values.to(self.glb_GN.dtype))
+            patches = self.img_processor(pixel_values)
         merged = self._merge(patches)
         maps = []
-        for crops, (rows, columns) in zip(merged.split(counts), grids, strict=True):
+        crops_per_image = merged.split([len(crops) for crops in images])
+        for crops, (height, width) in zip(crops_per_image, image_sizes.tolist(), strict=True):
+            rows, columns = height // self.crop_size, width // self.crop_size
             maps += [self._assemble(crops[1:], rows, columns), self.glb_GN[0], self._assemble(crops[:1], 1, 1)]
         return self.img_projection(torch.cat(maps))
 
-    def _check(self, pixel_values: torch.Tensor, image_sizes: torch.Tensor) -> list[tuple[int, int]]:
+    def split_images(self, pixel_values: torch.Tensor, image_sizes: torch.Tensor) -> list[torch.Tensor]:
+        """The real crops of each image, (1 + rows * columns, 3, S, S); arguments and errors as in `forward`."""
         size = self.crop_size
         if not pixel_values.is_floating_point():
             raise TypeError(
@@ -141,40 +141,49 @@ class Phi3VImageEmbedding(nn.Module):
             )
         if image_sizes is None:
             raise ValueError("pixel_values without image_sizes: expected both, as Phi3VProcessor returns them")
-        grids = []
+        needed = []
         for height, width in image_sizes.tolist():
-            if height % size or width % size or not height or not width:
+            if height % size or width % size or height < size or width < size:
                 raise ValueError(
                     f"image_sizes has {height} x {width} pixels: expected multiples of the crop size {size}"
                 )
-            grids.append((height // size, width // size))
-        needed = [1 + rows * columns for rows, columns in grids]
-        if pixel_values.ndim == 4 and sum(needed) != len(pixel_values):
-            raise ValueError(f"pixel_values hold {len(pixel_values)} crops: expected {sum(needed)} for the image_sizes")
-        if pixel_values.ndim == 5 and (len(needed) != len(pixel_values) or max(needed) > pixel_values.shape[1]):
+            needed.append(1 + (height // size) * (width // size))
+        if not needed:
+            raise ValueError("image_sizes is empty: expected no pixel_values where there is no image")
+        if pixel_values.ndim == 4:
+            if sum(needed) != len(pixel_values):
+                raise ValueError(
+                    f"pixel_values hold {len(pixel_values)} crops: expected {sum(needed)} for the image_sizes"
+                )
+            return list(pixel_values.split(needed))
+        if len(needed) != len(pixel_values) or max(needed) > pixel_values.shape[1]:
             raise ValueError(
                 f"pixel_values hold {len(pixel_values)} images of {pixel_values.shape[1]} crops: expected {len(needed)} "
-                f"images of at least {max(needed, default=0)} crops for the image_sizes"
+                f"images of at least {max(needed)} crops for the image_sizes"
             )
-        return grids
+        return [crops[:count] for crops, count in zip(pixel_values, needed, strict=True)]
 
-    def split_rows(self, is_image: torch.Tensor, pixel_values: torch.Tensor, image_sizes: torch.Tensor) -> list:
-        """(pixel_values, image_sizes) of each row of a batch, by the image tokens that `is_image` (B, N) marks in it."""
-        counts = [1 + rows * columns for rows, columns in self._check(pixel_values, image_sizes)]
-        if pixel_values.ndim == 5:
-            pixel_values = torch.cat([crops[:count] for crops, count in zip(pixel_values, counts, strict=True)])
+    def images_per_row(self, is_image: torch.Tensor, image_sizes: torch.Tensor) -> list[int]:
+        """Number of images of each row of a batch, by the image tokens that `is_image` (B, N) marks in it.
+
+        Raises:
+            ValueError: if the tokens of a row are not those of its next images.
+        """
         tokens = [count_image_tokens(*size, self.crop_size, self.side) for size in image_sizes.tolist()]
-        rows, image, crop = [], 0, 0
-        for wanted in is_image.sum(-1).tolist():
-            first_image, first_crop, found = image, crop, 0
-            while found < wanted and image < len(tokens):
-                found, crop, image = found + tokens[image], crop + counts[image], image + 1
+        counts, image = [], 0
+        wanted_by_row = is_image.sum(-1).tolist()
+        for row, wanted in enumerate(wanted_by_row):
+            first, found = image, 0
+            while image < len(tokens) and (found < wanted or row == len(wanted_by_row) - 1):
+                found, image = found + tokens[image], image + 1
             if found != wanted:
                 raise ValueError(
-                    f"a row holds {wanted} <|image|> tokens, its images give {found}: expected the same number"
+                    f"row {row} of input_ids holds {wanted} <|image|> tokens, its images give {found} features: expected "
+                    "the same number; num_crops, image_sizes and the order of the images must be those that the processor "
+                    "used for input_ids"
                 )
-            rows.append((pixel_values[first_crop:crop], image_sizes[first_image:image]))
-        return rows
+            counts.append(image - first)
+        return counts
 
     def _merge(self, patches: torch.Tensor) -> torch.Tensor:
         """Puts 2 x 2 neighbouring patches side by side: (C, 4 * side**2, width) -> (C, side, side, 4 * width)."""
@@ -233,6 +242,10 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
             inputs_embeds = self.embed_tokens(input_ids)
             if pixel_values is not None:
                 inputs_embeds = self._place_images(input_ids, inputs_embeds, pixel_values, image_sizes)
+            elif input_ids.shape[1] > 1 and (input_ids == self.config.image_token_id).any():
+                raise ValueError(
+                    "input_ids hold <|image|> tokens without pixel_values: expected both, as the processor returns them"
+                )
             elif self.training and any(p.requires_grad for p in self.vision_embed_tokens.parameters()):
                 inputs_embeds = inputs_embeds + 0 * self._blank_image_feature(inputs_embeds)
         if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
@@ -250,11 +263,7 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
     def _place_images(self, input_ids, inputs_embeds, pixel_values, image_sizes) -> torch.Tensor:
         features = self.vision_embed_tokens(pixel_values, image_sizes)
         is_image = input_ids == self.config.image_token_id
-        if int(is_image.sum()) != len(features):
-            raise ValueError(
-                f"input_ids hold {int(is_image.sum())} <|image|> tokens, the images give {len(features)} features: expected "
-                "the same number; num_crops and image_sizes must be those that the processor used for input_ids"
-            )
+        self.vision_embed_tokens.images_per_row(is_image, image_sizes)
         return inputs_embeds.masked_scatter(is_image[..., None], features.to(inputs_embeds.dtype))
 
     def _blank_image_feature(self, inputs_embeds) -> torch.Tensor:
@@ -278,18 +287,20 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
-        self._stop_at_end_of_turn()
+        self._settle_generation()
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
         loaded = super().from_pretrained(*args, **kwargs)
-        (loaded[0] if isinstance(loaded, tuple) else loaded)._stop_at_end_of_turn()
+        (loaded[0] if isinstance(loaded, tuple) else loaded)._settle_generation()
         return loaded
 
-    def _stop_at_end_of_turn(self):
+    def _settle_generation(self):
         # The official generation_config.json stops at `</s>` only, which the model never writes.
         self.generation_config.eos_token_id = self.config.stop_token_ids
         self.generation_config.pad_token_id = self.config.pad_token_id
+        # No image stands behind an `<|image|>` that the model would write itself.
+        self.generation_config.suppress_tokens = [self.config.image_token_id]
 
     @can_return_tuple
     def forward(
@@ -331,8 +342,9 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
             ValueError: if image tokens, features, crops and sizes do not fit each other.
             TypeError: if pixel_values are not floating point.
         """
-        if use_cache is None and (labels is not None or self.training):
-            # A cache is of no use then, and it keeps transformers from recognising packed rows.
+        packed = position_ids is not None and attention_mask is None and past_key_values is None
+        if use_cache is None and (labels is not None or self.training or packed):
+            # A cache is of no use in training, and with one transformers does not look for sequences packed in a row.
             use_cache = False
         outputs = self.model(
             input_ids=input_ids,
@@ -379,8 +391,6 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
             past_key_values = None
             kwargs["next_sequence_length"] = None
             is_first_iteration = True
-        if use_cache and not is_first_iteration:
-            kwargs["pixel_values"] = kwargs["image_sizes"] = None
         return super().prepare_inputs_for_generation(
             input_ids,
             past_key_values=past_key_values,
@@ -407,10 +417,12 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         pixel_values, image_sizes = kwargs.pop("pixel_values", None), kwargs.pop("image_sizes", None)
         if pixel_values is not None and expand_size > 1:
             embedding = self.model.vision_embed_tokens
-            rows = embedding.split_rows(input_ids == self.config.image_token_id, pixel_values, image_sizes)
-            repeated = [row for row in rows for _ in range(expand_size)]
-            pixel_values = torch.cat([pixels for pixels, _ in repeated])
-            image_sizes = torch.cat([sizes for _, sizes in repeated])
+            counts = embedding.images_per_row(input_ids == self.config.image_token_id, image_sizes)
+            images = embedding.split_images(pixel_values, image_sizes)
+            starts = [sum(counts[:row]) for row in range(len(counts))]
+            rows = [range(start, start + count) for start, count in zip(starts, counts, strict=True)]
+            order = [image for row in rows for _ in range(expand_size) for image in row]
+            pixel_values, image_sizes = torch.cat([images[image] for image in order]), image_sizes[order]
         input_ids, kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **kwargs
         )

@@ -109,6 +109,8 @@ class Phi3VProcessor(ProcessorMixin):
         max_length: int | None = None,
         num_crops: int | None = None,
         return_tensors: str | TensorType | None = TensorType.PYTORCH,
+        videos=None,
+        audio=None,
     ) -> BatchFeature:
         """Prepares one text or a list of texts, with their images.
 
@@ -121,6 +123,7 @@ class Phi3VProcessor(ProcessorMixin):
             max_length (int, optional): in tokens, only for padding="max_length". Nothing is ever cut.
             num_crops (int, optional): most HD crops of an image, instead of the image processor's own.
             return_tensors (str, optional): "pt" (the default), "np" or None for lists.
+            videos, audio: must be None; apply_chat_template(tokenize=True) passes them.
 
         Returns:
             BatchFeature: input_ids and attention_mask, int64, (batch, length); where there are images, pixel_values,
@@ -130,6 +133,10 @@ class Phi3VProcessor(ProcessorMixin):
         Raises:
             ValueError: if tags and images do not match, or if texts of unequal length are to become one tensor unpadded.
         """
+        if videos is not None or audio is not None:
+            raise ValueError("videos and audio: expected none; give a video as a list of images, one for each frame")
+        if not isinstance(text, (str, list, tuple)):
+            raise TypeError(f"expected a text or a list of texts, found {type(text).__name__}")
         texts = [text] if isinstance(text, str) else list(text)
         rows, crops, sizes = [], [], []
         for row_text, row_images in zip(texts, self._nest_images(texts, images, isinstance(text, str)), strict=True):

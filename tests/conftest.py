@@ -1,0 +1,31 @@
+"""What all tests share: the import path, two threads, and the table of deviations from the official code."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+# The project is run from its folder, not installed.
+sys.path.insert(0, str(Path(__file__).parents[1]))
+# As many as the golden numbers were recorded with; more would only make the tests slower on a shared machine.
+torch.set_num_threads(2)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Prints the largest deviation of each quantity that the parity tests recorded, with `-q` too."""
+    quantities = {}
+    for report in (report for reports in terminalreporter.stats.values() for report in reports):
+        if getattr(report, "when", None) == "call":
+            name = report.nodeid.split("::")[-1].removesuffix("]").split("[")[-1]
+            for key, deviation in report.user_properties:
+                if key == "deviation":
+                    quantities.setdefault(deviation["quantity"], []).append({**deviation, "test": name})
+    if not quantities:
+        return
+    terminalreporter.section("parity with the official code: largest deviations", sep="-")
+    terminalreporter.line(f"{'quantity':32} {'values':>8}  {'largest':>8}  {'bound':>8}  in")
+    for quantity, deviations in sorted(quantities.items()):
+        worst = max(deviations, key=lambda deviation: deviation["largest"])
+        values = sum(deviation["values"] for deviation in deviations)
+        figures = f"{values:8}  {worst['largest']:8.1e}  {worst['bound']:8.1e}"
+        terminalreporter.line(f"{quantity:32} {figures}  {worst['test']}")

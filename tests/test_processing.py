@@ -1,0 +1,266 @@
+"""Phi3VProcessor with the small tokenizer of the demo, which has the official special tokens."""
+
+import json
+from itertools import groupby
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from tokenizers import Tokenizer, models
+from transformers import AutoProcessor, PreTrainedTokenizerFast
+
+import phi3v
+from phi3v import Phi3VImageProcessor, Phi3VProcessor
+from phi3v.processing_phi3_v import find_tags
+
+PROCESSOR = tiny.processor()
+IMAGE, PAD = PROCESSOR.image_token_id, PROCESSOR.tokenizer.pad_token_id
+WIDE, TALL, SQUARE = tiny.picture(80, 20, 1), tiny.picture(20, 80, 2), tiny.picture(30, 30, 3)
+TOKENS = {id(image): PROCESSOR.image_processor(image)["num_img_tokens"][0] for image in (WIDE, TALL, SQUARE)}
+
+
+def ids(text: str) -> list[int]:
+    return PROCESSOR.tokenizer(text).input_ids
+
+
+def expanded(*parts) -> list[int]:
+    """Ids of texts and images in turn; an image stands for its image tokens."""
+    return [token for part in parts for token in (ids(part) if isinstance(part, str) else [IMAGE] * TOKENS[id(part)])]
+
+
+def same(found, expected) -> bool:
+    return found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def crops(*images):
+    return torch.cat([PROCESSOR.image_processor(image)["pixel_values"] for image in images])
+
+
+def test_the_three_images_of_this_file_have_different_token_counts():
+    assert len(set(TOKENS.values())) == 3
+
+
+def test_a_tag_becomes_the_tokens_of_its_image_and_text_after_it_starts_with_bos():
+    features = PROCESSOR("a <|image_1|> b", WIDE)
+    assert features["input_ids"].tolist() == [expanded("a ", WIDE, " b")]
+    assert ids(" b")[0] == PROCESSOR.tokenizer.bos_token_id
+    assert features["attention_mask"].all()
+    assert features["input_ids"].dtype == features["attention_mask"].dtype == torch.int64
+    assert torch.equal(features["pixel_values"], crops(WIDE))
+    assert features["image_sizes"].tolist() == [[28, 112]]
+
+
+def test_the_number_of_a_tag_picks_its_image_not_its_place():
+    features = PROCESSOR("x <|image_2|> y <|image_1|>", [WIDE, TALL])
+    assert features["input_ids"].tolist() == [expanded("x ", TALL, " y ", WIDE, "")]
+    assert torch.equal(features["pixel_values"], crops(TALL, WIDE))
+    assert features["image_sizes"].tolist() == [[112, 28], [28, 112]]
+
+
+def test_a_repeated_tag_repeats_its_image():
+    features = PROCESSOR("<|image_1|><|image_2|><|image_1|>", [WIDE, TALL])
+    assert features["input_ids"].tolist() == [expanded("", WIDE, "", TALL, "", WIDE, "")]
+    assert torch.equal(features["pixel_values"], crops(WIDE, TALL, WIDE))
+
+
+def test_more_than_nine_images_keep_their_order():
+    images = [tiny.picture(30, 30, seed) for seed in range(12)]
+    features = PROCESSOR("".join(f"<|image_{number}|>" for number in range(1, 13)), images)
+    assert torch.equal(features["pixel_values"], crops(*images))
+
+
+@pytest.mark.parametrize(
+    ("text", "number", "message"),
+    [
+        ("<|image_2|>", 1, r"image tags <\|image_2\|> for 1 image\(s\): expected <\|image_1\|> to <\|image_1\|>"),
+        ("<|image_0|>", 1, r"image tags <\|image_0\|> for 1 image"),
+        ("<|image_1|><|image_3|>", 2, r"<\|image_1\|>, <\|image_3\|> for 2 image\(s\): expected .* <\|image_2\|>"),
+        ("<|image_1|>", 2, r"<\|image_1\|> for 2 image"),
+        ("<|image_1|><|image_2|>", 1, r"<\|image_1\|>, <\|image_2\|> for 1 image"),
+        ("<|image_1|>", 0, r"<\|image_1\|> for 0 image\(s\): expected no image tag"),
+        ("hello", 1, r"image tags none for 1 image"),
+    ],
+)
+def test_tags_that_do_not_name_the_images_are_refused(text, number, message):
+    with pytest.raises(ValueError, match=message):
+        find_tags(text, number)
+    with pytest.raises(ValueError, match=message):
+        PROCESSOR(text, [SQUARE] * number)
+
+
+def test_text_without_images_has_no_pixels():
+    features = PROCESSOR("hello")
+    assert features.keys() == {"input_ids", "attention_mask"}
+    assert features["input_ids"].tolist() == [ids("hello")]
+
+
+def test_images_may_be_one_a_list_or_a_list_of_lists():
+    expected = PROCESSOR("<|image_1|>", [WIDE])
+    for images in (WIDE, (WIDE,), [[WIDE]], np.asarray(WIDE)):
+        assert same(PROCESSOR("<|image_1|>", images), expected)
+    assert same(PROCESSOR(["<|image_1|>"], [[WIDE]]), expected)
+
+
+TEXTS = ["<|image_1|> what?", "no image at all", "<|image_2|> and <|image_1|>"]
+NESTED = [[WIDE], [], [TALL, SQUARE]]
+ROWS = [expanded("", WIDE, " what?"), ids("no image at all"), expanded("", SQUARE, " and ", TALL, "")]
+
+
+@pytest.mark.parametrize(
+    "images",
+    [NESTED, [[WIDE], None, (TALL, SQUARE)], [WIDE, None, [TALL, SQUARE]], [WIDE, TALL, SQUARE]],
+    ids=["nested", "None for no image", "bare image", "flat, dealt out by the tags"],
+)
+def test_every_layout_of_a_batch_of_images_gives_the_same_batch(images):
+    features = PROCESSOR(TEXTS, images, padding=True)
+    for row, mask, expected in zip(features["input_ids"], features["attention_mask"], ROWS, strict=True):
+        assert row[mask.bool()].tolist() == expected
+    assert torch.equal(features["pixel_values"], crops(WIDE, SQUARE, TALL))
+    assert features["image_sizes"].tolist() == [[28, 112], [56, 56], [112, 28]]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_fills_the_side_asked_for_and_masks_it(side):
+    features = PROCESSOR(TEXTS, NESTED, padding=True, padding_side=side)
+    length = max(map(len, ROWS))
+    for row, mask, expected in zip(features["input_ids"], features["attention_mask"], ROWS, strict=True):
+        fill = [PAD] * (length - len(expected))
+        zeros, ones = [0] * len(fill), [1] * len(expected)
+        assert row.tolist() == (fill + expected if side == "left" else expected + fill)
+        assert mask.tolist() == (zeros + ones if side == "left" else ones + zeros)
+
+
+def test_padding_to_a_given_length_never_cuts():
+    features = PROCESSOR("hello", padding="max_length", max_length=50)
+    assert features["input_ids"].shape == (1, 50)
+    assert PROCESSOR("hello", padding="max_length", max_length=3)["input_ids"].tolist() == [ids("hello")]
+
+
+def test_pad_token_inside_the_text_is_not_masked():
+    features = PROCESSOR("a<|endoftext|>b")
+    assert PAD in features["input_ids"][0]
+    assert features["attention_mask"].all()
+
+
+def test_texts_of_unequal_length_want_padding_or_lists():
+    with pytest.raises(ValueError, match="texts of 3 to 6 tokens: expected padding=True"):
+        PROCESSOR(["hi", "four"])
+    assert PROCESSOR(["hi", "four"], return_tensors=None)["input_ids"] == [ids("hi"), ids("four")]
+
+
+@pytest.mark.parametrize(
+    ("texts", "images", "message"),
+    [
+        (TEXTS, [[WIDE], []], r"2 list\(s\) of images for 3 text\(s\): expected one for each text"),
+        (TEXTS, [WIDE, TALL], r"2 image\(s\) for 3 image tag\(s\) in 3 text\(s\)"),
+        (TEXTS, [[WIDE, TALL], [], [SQUARE]], "for 2 image"),
+    ],
+)
+def test_images_that_do_not_fit_the_texts_are_refused(texts, images, message):
+    with pytest.raises(ValueError, match=message):
+        PROCESSOR(texts, images, padding=True)
+
+
+def test_num_crops_can_be_set_for_one_call():
+    few, many = (PROCESSOR("<|image_1|>", SQUARE, num_crops=number) for number in (1, 9))
+    assert (few["image_sizes"].tolist(), many["image_sizes"].tolist()) == ([[28, 28]], [[84, 84]])
+    assert (len(few["pixel_values"]), len(many["pixel_values"])) == (2, 10)
+    assert int((many["input_ids"] == IMAGE).sum()) == 10 * 4 + 1 + 4 * 2
+    with pytest.raises(ValueError, match="num_crops is 17"):
+        PROCESSOR("<|image_1|>", SQUARE, num_crops=17)
+
+
+def test_numpy_tensors_on_request():
+    features = PROCESSOR("<|image_1|>", SQUARE, return_tensors="np")
+    assert {type(value) for value in features.values()} == {np.ndarray}
+
+
+def chat(*contents) -> list[dict]:
+    roles = ["user", "assistant"] * len(contents)
+    return [{"role": role, "content": content} for role, content in zip(roles, contents, strict=False)]
+
+
+def test_chat_template_with_strings_is_the_official_text():
+    prompt = PROCESSOR.apply_chat_template(chat("<|image_1|>\nWhat?", "A cat.", "Sure?"), add_generation_prompt=True)
+    assert prompt == (
+        "<|user|>\n<|image_1|>\nWhat?<|end|>\n<|assistant|>\nA cat.<|end|>\n<|user|>\nSure?<|end|>\n<|assistant|>\n"
+    )
+
+
+def test_generation_prompt_only_where_it_is_asked_for_and_the_user_spoke_last():
+    assert PROCESSOR.apply_chat_template(chat("Hi")) == "<|user|>\nHi<|end|>\n"
+    answered = PROCESSOR.apply_chat_template(chat("Hi", "Hello"), add_generation_prompt=True)
+    assert answered == "<|user|>\nHi<|end|>\n<|assistant|>\nHello<|end|>\n"
+
+
+def test_content_parts_give_the_text_of_the_strings_with_tags_counted_over_the_turns():
+    image = {"type": "image"}
+    parts = chat(
+        [image, image, {"type": "text", "text": "Same?"}],
+        [{"type": "text", "text": "No."}],
+        [image, {"type": "text", "text": "And now?"}],
+    )
+    strings = chat("<|image_1|>\n<|image_2|>\nSame?", "No.", "<|image_3|>\nAnd now?")
+    assert PROCESSOR.apply_chat_template(parts) == PROCESSOR.apply_chat_template(strings)
+
+
+def test_unknown_content_part_is_refused():
+    with pytest.raises(Exception, match="content part of type 'video': expected 'text' or 'image'"):
+        PROCESSOR.apply_chat_template(chat([{"type": "video"}]))
+
+
+def test_chat_template_can_tokenize_at_once():
+    messages = chat([{"type": "image", "image": WIDE}, {"type": "text", "text": "What?"}])
+    features = PROCESSOR.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    prompt = PROCESSOR.apply_chat_template(messages, add_generation_prompt=True)
+    assert same(features, PROCESSOR(prompt, WIDE))
+
+
+def test_tokenizer_without_image_token_is_refused():
+    other = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE({"<unk>": 0}, [])), unk_token="<unk>")
+    with pytest.raises(ValueError, match=r"the tokenizer has no token <\|image\|>"):
+        Phi3VProcessor(Phi3VImageProcessor(), other)
+
+
+def test_saved_processor_is_the_same_when_loaded(tmp_path):
+    PROCESSOR.save_pretrained(tmp_path)
+    expected = PROCESSOR("<|image_1|> what?", WIDE)
+    for loaded in (Phi3VProcessor.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)):
+        assert type(loaded) is Phi3VProcessor
+        assert type(loaded.image_processor) is Phi3VImageProcessor
+        assert same(loaded("<|image_1|> what?", WIDE), expected)
+        assert loaded.apply_chat_template(chat("Hi")) == PROCESSOR.apply_chat_template(chat("Hi"))
+
+
+def test_preprocessor_config_is_written_too_and_enough_by_itself(tmp_path):
+    PROCESSOR.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    assert (written["num_crops"], written["crop_size"], written["num_img_tokens"]) == (4, 28, 4)
+    (tmp_path / "processor_config.json").unlink()
+    assert Phi3VImageProcessor.from_pretrained(tmp_path).to_dict() == PROCESSOR.image_processor.to_dict()
+
+
+def test_official_folder_layout_loads_without_remote_code(tmp_path):
+    """Tokenizer files, preprocessor_config.json and a processor_config.json that name remote code."""
+    PROCESSOR.tokenizer.save_pretrained(tmp_path)
+    tiny.config().save_pretrained(tmp_path)
+    auto_map = {name: f"processing_phi3_v.Phi3V{name[4:]}" for name in ("AutoProcessor", "AutoImageProcessor")}
+    preprocessor = {"auto_map": auto_map, "image_processor_type": "Phi3VImageProcessor", "num_crops": 4}
+    (tmp_path / "preprocessor_config.json").write_text(
+        json.dumps({**preprocessor, "processor_class": "Phi3VProcessor", "num_img_tokens": 144})
+    )
+    (tmp_path / "processor_config.json").write_text(
+        json.dumps({"auto_map": {"AutoProcessor": auto_map["AutoProcessor"]}, "processor_class": "Phi3VProcessor"})
+    )
+    loaded = AutoProcessor.from_pretrained(tmp_path)
+    assert isinstance(loaded, phi3v.Phi3VProcessor)
+    assert (loaded.image_processor.crop_size, loaded.image_processor.num_img_tokens) == (336, 144)
+
+
+def test_ids_of_each_image_stand_in_one_run():
+    is_image = PROCESSOR("<|image_1|><|image_2|>", [WIDE, TALL])["input_ids"][0] == IMAGE
+    runs = [len(list(run)) for value, run in groupby(is_image.tolist()) if value]
+    assert runs == [TOKENS[id(WIDE)], TOKENS[id(TALL)]]
