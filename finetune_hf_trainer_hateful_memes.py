@@ -93,6 +93,7 @@ def main():
         evaluate(model, processor, eval_rows, to_conversation, score, args, stage="before")
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
+    trainer.save_state()
     evaluate(model, processor, eval_rows, to_conversation, score, args, stage="after")
     if args.process_index == 0:
         path = write_report(
