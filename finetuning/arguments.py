@@ -1,6 +1,7 @@
 """The flags of all recipes: the published names and defaults, over every Hugging Face TrainingArguments flag."""
 
 import importlib.util
+import json
 import os
 import sys
 import tempfile
@@ -87,7 +88,9 @@ class RecipeArguments(TrainingArguments):
 
     batch_size: int = HfArg(default=16, help="effective batch: samples per optimizer step over all GPUs of all nodes")
     per_device_train_batch_size: int = HfArg(
-        default=1, aliases=["--batch_size_per_gpu"], help="micro-batch: samples at once on each GPU"
+        default=1,
+        aliases=["--batch_size_per_gpu", "--batch-size-per-gpu"],
+        help="micro-batch: samples at once on each GPU",
     )
     gradient_accumulation_steps: int | None = HfArg(
         default=None, help="derived: batch_size / (GPUs x batch_size_per_gpu); refused if it is given and differs"
@@ -148,8 +151,11 @@ class RecipeArguments(TrainingArguments):
             self.activation_checkpointing = True
         if self.dataloader_num_workers is None:
             local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-            self.dataloader_num_workers = min(4, len(os.sched_getaffinity(0)) // local_ranks - 1)
-        super().__post_init__()
+            self.dataloader_num_workers = max(0, min(4, len(os.sched_getaffinity(0)) // local_ranks - 1))
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            raise InputError(" ".join(str(error).split())) from error
         if self.disable_tqdm or self.local_process_index:
             logging.disable_progress_bar()
 
@@ -174,15 +180,22 @@ class RecipeArguments(TrainingArguments):
     def _check_values(self):
         if not 1 <= self.num_crops <= 16:
             raise InputError(f"--num_crops {self.num_crops}: expected a whole number from 1 to 16")
-        for name in (
-            "batch_size",
-            "per_device_train_batch_size",
-            "per_device_eval_batch_size",
-            "lora_rank",
-            "max_new_tokens",
-        ):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name} {getattr(self, name)}: expected at least 1")
+        at_least = {
+            "batch_size": 1,
+            "per_device_train_batch_size": 1,
+            "per_device_eval_batch_size": 1,
+            "lora_rank": 1,
+            "max_new_tokens": 1,
+            "max_length": 1,
+            "eval_size": 0,
+            "dataloader_num_workers": 0,
+        }
+        for name, least in at_least.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise InputError(f"--{name} {value}: expected at least {least}")
+        if self.lora_alpha_ratio <= 0:
+            raise InputError(f"--lora_alpha_ratio {self.lora_alpha_ratio}: expected more than 0")
         if not 0 <= self.lora_dropout < 1:
             raise InputError(f"--lora_dropout {self.lora_dropout}: expected a probability from 0 to below 1")
         local = os.path.isdir(self.model_name_or_path)
@@ -249,7 +262,12 @@ class RecipeArguments(TrainingArguments):
         if self.deepspeed is None and not self.use_lora and not self.fsdp:
             self.deepspeed = str(ZERO2)
         if self.deepspeed is not None and not os.path.isfile(self.deepspeed):
-            raise InputError(f"--deepspeed {self.deepspeed}: no such file; ds_configs/ holds the tested ones")
+            raise InputError(f"--deepspeed {self.deepspeed}: no such file; ds_configs/ holds the tested one")
+        if self.deepspeed is not None:
+            try:
+                json.loads(Path(self.deepspeed).read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise InputError(f"--deepspeed {self.deepspeed}: expected a JSON file, found: {error}") from None
         # Started by plain python: one process, as `torchrun --nproc_per_node=1` would set it up.
         for name, value in (
             ("RANK", 0),

@@ -2,7 +2,6 @@
 
 import io
 import random
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,8 +18,6 @@ from phi3v.modeling_phi3_v import IGNORE_INDEX
 from phi3v.processing_phi3_v import IMAGE_TAG, find_tags
 
 from .errors import InputError
-
-CONTROL_TOKEN = re.compile(r"<\|\w+\|>")
 
 
 @dataclass
@@ -87,6 +84,8 @@ def open_image(source) -> Image.Image:
     """
     if isinstance(source, Image.Image):
         return source
+    if source is None or (isinstance(source, dict) and source.get("bytes") is None and source.get("path") is None):
+        raise InputError(f"expected an image, found {source}")
     if isinstance(source, dict):
         name = source.get("path") or "image bytes"
         source = io.BytesIO(source["bytes"]) if source.get("bytes") is not None else source["path"]
@@ -96,7 +95,7 @@ def open_image(source) -> Image.Image:
         return Image.open(source)
     except FileNotFoundError:
         raise InputError(f"{name}: expected an image file, found no such file") from None
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, Image.DecompressionBombError) as error:
         raise InputError(f"{name}: expected an image, found: {error}") from None
 
 
@@ -213,8 +212,10 @@ def check_conversation(conversation: Conversation, processor: Phi3VProcessor) ->
         raise InputError(f"{where}: expected at least one turn, found none")
     added = processor.tokenizer.get_added_vocab()
     for number, turn in enumerate(conversation.turns, 1):
-        if not turn.answers:
-            raise InputError(f"{where}, turn {number}: expected at least one answer, found none")
+        if not isinstance(turn.answers, (list, tuple)) or not turn.answers:
+            raise InputError(
+                f"{where}, turn {number}: expected a list with at least one answer, found {turn.answers!r}"
+            )
         for answer in turn.answers:
             if not isinstance(answer, str) or not answer.strip():
                 raise InputError(f"{where}, turn {number}: expected a text as answer, found {answer!r}")
@@ -225,11 +226,11 @@ def check_conversation(conversation: Conversation, processor: Phi3VProcessor) ->
         for text in (turn.user, *turn.answers):
             if not isinstance(text, str):
                 raise InputError(f"{where}, turn {number}: expected text, found {text!r}")
-            for token in CONTROL_TOKEN.findall(text):
-                if token in added:
-                    raise InputError(
-                        f"{where}, turn {number}: expected plain text, found the control token {token}; remove it"
-                    )
+            token = next((token for token in added if token in text), None)
+            if token is not None:
+                raise InputError(
+                    f"{where}, turn {number}: expected plain text, found the control token {token}; remove it"
+                )
     text = "\n".join(message["content"] for message in to_messages(conversation, choose_answers(conversation)))
     try:
         find_tags(text, len(conversation.images))
@@ -246,7 +247,10 @@ def count_tokens(conversation: Conversation, processor: Phi3VProcessor) -> int:
         if opened is not image:
             opened.close()
     tokens = [processor.image_processor.calc_num_image_tokens_from_image_size(*size) for size in sizes]
-    longest = [max(turn.answers, key=len) for turn in conversation.turns]
+    longest = [
+        turn.answers[0] if len(turn.answers) == 1 else max(turn.answers, key=lambda text: len(processor.tokenize(text)))
+        for turn in conversation.turns
+    ]
     return len(training_ids(conversation, longest, processor, tokens))
 
 
@@ -258,8 +262,9 @@ def _check_length(length: int, max_length: int | None, where: str) -> None:
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF orientation: 1 upright, 2 to 4 mirrored or upside down, 5 to 8 lying on a side."""
-    return image.getexif().get(ExifTags.Base.Orientation, 1)
+    """EXIF orientation: 1 upright, 2 to 4 mirrored or upside down, 5 to 8 lying on a side; 1 if it makes no sense."""
+    orientation = image.getexif().get(ExifTags.Base.Orientation)
+    return orientation if orientation in range(1, 9) else 1
 
 
 def _name(image) -> str:
@@ -302,6 +307,8 @@ class ConversationDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         epoch = int(self._epoch)
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
         if index >= len(self.rows):
             index = (index + epoch * (len(self) - len(self.rows))) % len(self.rows)
         conversation = self.to_conversation(self.rows[index])

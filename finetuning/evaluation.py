@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from phi3v import Phi3VProcessor
+from phi3v.processing_phi3_v import IMAGE_TAG
 
 from .arguments import RecipeArguments
 from .conversation import Conversation, load_images, to_messages
@@ -66,7 +67,9 @@ class _Prompts(Dataset):
         conversation = Conversation(conversation.id, conversation.turns[: turn + 1])
         earlier = [turn.answers[0] for turn in conversation.turns[:-1]]
         prompt = self.processor.apply_chat_template(to_messages(conversation, earlier), add_generation_prompt=True)
-        return prompt, load_images(conversation)
+        # Where texts hold their own tags, a later turn may be the first to name an image.
+        named = max((int(number) for number in IMAGE_TAG.findall(prompt)), default=0)
+        return prompt, load_images(conversation)[:named]
 
     def collate(self, prompts):
         if not prompts:
@@ -128,11 +131,21 @@ def generate_answers(
     return predictions
 
 
+def read_predictions(path: Path) -> list[dict[str, Any]]:
+    """Lines of predictions.jsonl; one that a run left half-written when it died is left out."""
+    items = []
+    if path.exists():
+        # Not splitlines: an answer may hold one of the other characters that end a line.
+        for line in path.read_text(encoding="utf-8").split("\n"):
+            with suppress(json.JSONDecodeError):
+                items.append(json.loads(line))
+    return items
+
+
 def _remove_stage(path: Path, stage: str) -> None:
     """Drops what an earlier run into the same folder answered at this stage."""
-    if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        path.write_text("".join(line for line in lines if json.loads(line)["stage"] != stage), encoding="utf-8")
+    kept = [item for item in read_predictions(path) if item["stage"] != stage]
+    path.write_text("".join(json.dumps(item, ensure_ascii=False) + "\n" for item in kept), encoding="utf-8")
 
 
 def _precision(args: RecipeArguments):

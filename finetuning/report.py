@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from .arguments import RecipeArguments
 from .conversation import Conversation, load_images
+from .evaluation import read_predictions
 from .metrics import exact_match
 
 MAX_ROWS = 50
@@ -162,10 +163,7 @@ def write_report(
 
 
 def _answers(path: Path) -> dict[tuple[str, str, int], str]:
-    if not path.exists():
-        return {}
-    items = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return {(item["stage"], item["id"], item["turn"]): item["answer"] for item in items}
+    return {(item["stage"], item["id"], item["turn"]): item["answer"] for item in read_predictions(path)}
 
 
 def _matches(answer: str | None, references: list[str]) -> bool:

@@ -135,7 +135,7 @@ def read_splits(
     if paths:
         splits = {}
         for row in (row for path in paths for row in read_jsonl(path)):
-            splits.setdefault(row.get("split"), []).append(row)
+            splits.setdefault(str(row.get("split")), []).append(row)
         found = {name: splits[name] for name in (train, *wanted) if name in splits}
         files = ", ".join(path.name for path in paths)
         for names in ([train], wanted):

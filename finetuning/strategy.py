@@ -8,7 +8,8 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
-from transformers import AutoConfig, AutoProcessor, BitsAndBytesConfig, PreTrainedModel, TrainerCallback
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoProcessor, BitsAndBytesConfig, PreTrainedModel, TrainerCallback, set_seed
 from transformers.utils import logging
 
 from phi3v import Phi3VConfig, Phi3VForCausalLM, Phi3VProcessor
@@ -71,6 +72,8 @@ def load_model(args: RecipeArguments) -> PreTrainedModel:
             bnb_4bit_compute_dtype=args.compute_dtype,
             llm_int8_skip_modules=["model.vision_embed_tokens", "lm_head"],
         )
+    # New adapters follow from the seed, whatever drew random numbers before.
+    set_seed(args.seed)
     level = logging.get_verbosity()
     try:
         # The loading report is a page long; what matters of it is checked below.
@@ -82,8 +85,10 @@ def load_model(args: RecipeArguments) -> PreTrainedModel:
             quantization_config=quantization,
             device_map={"": args.device},
             output_loading_info=True,
+            # Reported below, by name.
+            ignore_mismatched_sizes=True,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(
             f"{args.model_name_or_path}: expected weights that fit config.json, found: {reason}"
@@ -95,6 +100,10 @@ def load_model(args: RecipeArguments) -> PreTrainedModel:
         raise InputError(
             f"{args.model_name_or_path}: expected {len(missing)} more weights, first {missing[0]}; is a shard missing?"
         )
+    if report["mismatched_keys"]:
+        name, *shapes = min(report["mismatched_keys"])
+        found, expected = (tuple(shape) for shape in shapes)
+        raise InputError(f"{args.model_name_or_path}: {name}: expected shape {expected} by config.json, found {found}")
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # On a CPU, bitsandbytes packs the weights for inference as soon as the model answers once, and every later
@@ -114,9 +123,11 @@ def _unused(model) -> torch.nn.ModuleList:
 
 def _add_lora(model, args: RecipeArguments):
     last = model.config.vision_config.num_hidden_layers - 1
+    alpha = float(args.lora_rank * args.lora_alpha_ratio)
     config = LoraConfig(
         r=args.lora_rank,
-        lora_alpha=int(args.lora_rank * args.lora_alpha_ratio),
+        # Kept whole where it is: PEFT writes it into adapter_config.json.
+        lora_alpha=int(alpha) if alpha.is_integer() else alpha,
         lora_dropout=args.lora_dropout,
         target_modules=LANGUAGE_TARGETS + ([] if args.freeze_vision_model else VISION_TARGETS),
         exclude_modules=rf".*\.vision_model\.encoder\.layers\.{last}\..*",
