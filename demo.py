@@ -205,11 +205,11 @@ def draw_page(digits: list[np.ndarray], rng: random.Random) -> Image.Image:
         draw.rectangle((left + 3, CELL + 3, left + CELL - 4, 2 * CELL - 4), outline=GREY, width=2)
     for left, digit in zip((CELL, 2 * CELL, 3 * CELL), digits, strict=False):
         height = rng.randint(50, 58)
-        width = round(height * rng.uniform(0.85, 1.05))
+        width = round(height * rng.uniform(0.9, 1.05))
         # A margin, because ink may touch the border of an image.
         ink = Image.fromarray(np.pad(digit * (255 / 16), 1).round().astype(np.uint8))
         ink = ink.resize((width, height), Image.Resampling.BICUBIC)
-        ink = ink.rotate(rng.uniform(-8, 8), Image.Resampling.BICUBIC)
+        ink = ink.rotate(rng.uniform(-5, 5), Image.Resampling.BICUBIC)
         # Harder edges, as of a pen.
         ink = ink.point([min(255, max(0, round((value - 60) * 1.6))) for value in range(256)])
         x = left + (CELL - width) // 2 + rng.randint(-3, 3)

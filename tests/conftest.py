@@ -1,6 +1,10 @@
 """What all tests share: the import path, two threads, and the table of deviations from the official code."""
 
+import json
+import os
+import platform
 import sys
+from datetime import date
 from pathlib import Path
 
 import torch
@@ -11,7 +15,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 torch.set_num_threads(2)
 
 
-def pytest_terminal_summary(terminalreporter):
+def pytest_addoption(parser):
+    parser.addoption("--parity-results", help="json file to write the largest deviations to (needs tests/parity)")
+
+
+def pytest_terminal_summary(terminalreporter, config):
     """Prints the largest deviation of each quantity that the parity tests recorded, with `-q` too."""
     quantities = {}
     for report in (report for reports in terminalreporter.stats.values() for report in reports):
@@ -24,8 +32,13 @@ def pytest_terminal_summary(terminalreporter):
         return
     terminalreporter.section("parity with the official code: largest deviations", sep="-")
     terminalreporter.line(f"{'quantity':32} {'values':>8}  {'largest':>8}  {'bound':>8}  in")
+    worst = {}
     for quantity, deviations in sorted(quantities.items()):
-        worst = max(deviations, key=lambda deviation: deviation["largest"])
         values = sum(deviation["values"] for deviation in deviations)
-        figures = f"{values:8}  {worst['largest']:8.1e}  {worst['bound']:8.1e}"
-        terminalreporter.line(f"{quantity:32} {figures}  {worst['test']}")
+        worst[quantity] = {**max(deviations, key=lambda deviation: deviation["largest"]), "values": values}
+        figures = f"{values:8}  {worst[quantity]['largest']:8.1e}  {worst[quantity]['bound']:8.1e}"
+        terminalreporter.line(f"{quantity:32} {figures}  {worst[quantity]['test']}")
+    if path := config.getoption("--parity-results"):
+        machine = f"{os.cpu_count()} CPU cores, {platform.machine()}"
+        record = {"date": date.today().isoformat(), "machine": machine, "torch": torch.__version__, "deviations": worst}
+        Path(path).write_text(json.dumps(record, indent=1) + "\n")
