@@ -1,0 +1,429 @@
+"""Flags: published names and defaults, what is derived from them, and one line for each that cannot be."""
+
+import dataclasses
+import importlib.util
+import os
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import recipe
+import torch
+from transformers import TrainingArguments
+
+from finetuning.arguments import GROUPS, ZERO2, RecipeArguments, parse_args
+from finetuning.errors import InputError
+
+own_process = pytest.fixture(autouse=True)(recipe.own_process)
+
+# DESIGN.md, 'Behaviour that users rely on': flag, field, published default, another value.
+PUBLISHED = [
+    ("--model_name_or_path", "model_name_or_path", "microsoft/Phi-3.5-vision-instruct", "microsoft/another"),
+    ("--use_flash_attention", "use_flash_attention", False, None),
+    ("--bf16", "bf16", False, True),
+    ("--use_lora", "use_lora", False, True),
+    ("--use_qlora", "use_qlora", False, True),
+    ("--freeze_vision_model", "freeze_vision_model", False, True),
+    ("--output_dir", "output_dir", "./output/", "elsewhere"),
+    ("--batch_size", "batch_size", 16, 64),
+    ("--batch_size_per_gpu", "per_device_train_batch_size", 1, 2),
+    ("--num_crops", "num_crops", 16, 4),
+    ("--num_train_epochs", "num_train_epochs", 1, 2),
+    ("--learning_rate", "learning_rate", 4e-5, 1e-4),
+    ("--wd", "weight_decay", 0.01, 0.1),
+    ("--no-tqdm", "disable_tqdm", False, True),
+    ("--lora_rank", "lora_rank", 64, 8),
+    ("--lora_alpha_ratio", "lora_alpha_ratio", 2, 0.5),
+    ("--lora_dropout", "lora_dropout", 0, 0.1),
+    ("--full_train", "full_train", False, True),
+    ("--data_dir", "data_dir", None, "."),
+    # optimizer: AdamW, betas 0.9/0.95, eps 1e-7, linear schedule, 50 warm-up steps, clip 1.0
+    ("--adam_beta1", "adam_beta1", 0.9, 0.8),
+    ("--adam_beta2", "adam_beta2", 0.95, 0.999),
+    ("--adam_epsilon", "adam_epsilon", 1e-7, 1e-8),
+    ("--lr_scheduler_type", "lr_scheduler_type", "linear", "cosine"),
+    ("--warmup_steps", "warmup_steps", 50, 5),
+    ("--max_grad_norm", "max_grad_norm", 1.0, 0.5),
+    # Trainer's own flags, which must pass through
+    ("--max_steps", "max_steps", -1, 7),
+    ("--seed", "seed", 42, 1),
+    ("--report_to", "report_to", [], ["tensorboard"]),
+    ("--save_strategy", "save_strategy", "steps", "no"),
+]
+
+
+@pytest.fixture
+def without_trainer(monkeypatch):
+    """Only the recipe's own part: the Trainer's would wait for the other ranks, and ask a GPU that is not there."""
+    monkeypatch.setattr(TrainingArguments, "__post_init__", lambda _: None)
+
+
+@pytest.fixture
+def gpu(monkeypatch, request):
+    """Makes torch report one GPU: `gpu(8, "A100")`, compute capability and name."""
+    request.getfixturevalue("without_trainer")
+
+    def set_up(capability: int, name: str):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (capability, 0))
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: name)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: capability >= 8)
+
+    return set_up
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """`installed("flash_attn")` or `installed("flash_attn", False)`: what find_spec says of a package."""
+    found = {}
+    find_spec = importlib.util.find_spec
+
+    def answer(name, package=None):
+        return (object() if found[name] else None) if name in found else find_spec(name, package)
+
+    monkeypatch.setattr(importlib.util, "find_spec", answer)
+    return lambda name, value=True: found.update({name: value})
+
+
+def call(value) -> str:
+    """Test ids: the flags as they would be typed."""
+    return " ".join(value) if isinstance(value, list) else value
+
+
+def refusal(*flags: str) -> str:
+    """The message of a refused call: one line."""
+    with pytest.raises(InputError) as caught:
+        parse_args(list(flags))
+    message = str(caught.value)
+    assert message
+    assert len(message.splitlines()) == 1
+    return message
+
+
+def test_published_defaults():
+    args = parse_args([])
+    assert {flag: getattr(args, field) for flag, field, _, _ in PUBLISHED} == {
+        flag: default for flag, _, default, _ in PUBLISHED
+    }
+    assert "adamw" in args.optim
+
+
+@pytest.mark.parametrize(
+    ("flag", "field", "value"), [(flag, field, value) for flag, field, _, value in PUBLISHED if value is not None]
+)
+def test_published_flags_are_taken(flag, field, value):
+    if value is True:
+        assert getattr(parse_args([flag]), field) is True
+        return
+    text = value[0] if isinstance(value, list) else str(value)
+    assert getattr(parse_args([flag, text]), field) == value
+
+
+@pytest.mark.parametrize("flag", ["--no-tqdm", "--no_tqdm", "--disable_tqdm", "--disable-tqdm"])
+def test_progress_bars_can_be_switched_off_by_any_name(flag):
+    assert parse_args([flag]).disable_tqdm is True
+
+
+@pytest.mark.parametrize("flag", ["--wd", "--weight_decay", "--weight-decay"])
+def test_names_of_weight_decay(flag):
+    assert parse_args([flag, "0.25"]).weight_decay == 0.25
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "--batch_size_per_gpu",
+        "--per_device_train_batch_size",
+        "--per-device-train-batch-size",
+        "--batch-size-per-gpu",
+    ],
+)
+def test_names_of_the_micro_batch(flag):
+    assert parse_args([flag, "4"]).per_device_train_batch_size == 4
+
+
+def test_dashes_stand_for_underscores():
+    args = parse_args(["--num-crops", "4", "--use-lora", "--lora-rank", "8", "--output-dir", "there"])
+    assert (args.num_crops, args.use_lora, args.lora_rank, args.output_dir) == (4, True, 8, "there")
+
+
+def test_a_task_has_its_own_defaults():
+    assert parse_args([], num_crops=4).num_crops == 4
+    assert parse_args(["--num_crops", "2"], num_crops=4).num_crops == 2
+
+
+@pytest.mark.parametrize("flag", ["--bf16", "--use_lora", "--padding_free"])
+def test_a_switch_takes_false(flag):
+    assert getattr(parse_args([flag, "False"]), flag[2:]) is False
+
+
+@pytest.mark.usefixtures("without_trainer")
+@pytest.mark.parametrize(
+    ("ranks", "micro_batch", "batch", "steps"),
+    [(1, 1, 16, 16), (2, 1, 16, 8), (8, 1, 16, 2), (8, 2, 16, 1), (2, 4, 64, 8), (1, 64, 64, 1)],
+)
+def test_accumulation_is_derived(ranks, micro_batch, batch, steps, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    args = parse_args(["--batch_size", str(batch), "--batch_size_per_gpu", str(micro_batch), "--no-tqdm"])
+    assert args.gradient_accumulation_steps == steps
+
+
+@pytest.mark.usefixtures("without_trainer")
+@pytest.mark.parametrize(
+    ("ranks", "micro_batch", "batch", "factors", "proposal"),
+    [(3, 1, 16, "3 GPU", 15), (8, 4, 16, "4", 32), (1, 3, 16, "3", 15), (2, 1, 1, "2 GPU", 2)],
+)
+def test_an_effective_batch_that_cannot_be_split_is_refused(ranks, micro_batch, batch, factors, proposal, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    message = refusal("--batch_size", str(batch), "--batch_size_per_gpu", str(micro_batch))
+    assert f"--batch_size {batch}" in message
+    assert f"multiple of {ranks * micro_batch}" in message
+    assert factors in message
+    # the proposed number must itself be accepted
+    assert int(re.search(r"try (\d+)", message)[1]) == proposal
+    assert proposal % (ranks * micro_batch) == 0
+
+
+def test_accumulation_may_be_given_if_it_agrees():
+    assert parse_args(["--gradient_accumulation_steps", "16"]).gradient_accumulation_steps == 16
+    message = refusal("--gradient_accumulation_steps", "3")
+    assert "3" in message
+    assert "makes it 16" in message
+
+
+@pytest.mark.usefixtures("without_trainer")
+@pytest.mark.parametrize(
+    ("ranks", "cores", "workers"), [(1, 16, 4), (1, 3, 2), (2, 4, 1), (1, 1, 0), (2, 2, 0), (4, 2, 0)]
+)
+def test_workers_fit_the_cores(ranks, cores, workers, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    assert parse_args(["--no-tqdm"]).dataloader_num_workers == workers
+
+
+@pytest.mark.parametrize(
+    ("flags", "name", "config"),
+    [
+        ([], "full", str(ZERO2)),
+        (["--freeze_vision_model"], "full with frozen vision", str(ZERO2)),
+        (["--use_lora"], "LoRA", None),
+        (["--use_qlora"], "QLoRA", None),
+        (["--use_lora", "--freeze_vision_model"], "LoRA with frozen vision", None),
+        (["--use_lora", "--deepspeed", str(ZERO2)], "LoRA", str(ZERO2)),
+    ],
+)
+def test_zero2_is_the_default_of_full_and_frozen_only(flags, name, config):
+    args = parse_args(flags)
+    assert (args.strategy, args.deepspeed) == (name, config)
+
+
+def test_qlora_implies_lora():
+    assert parse_args(["--use_qlora"]).use_lora is True
+
+
+def test_qlora_without_bitsandbytes_is_refused(installed):
+    installed("bitsandbytes", False)
+    message = refusal("--use_qlora")
+    assert "bitsandbytes" in message
+    assert "--use_lora" in message
+    assert parse_args(["--use_lora"]).use_lora
+
+
+# ---- devices
+
+
+def test_the_cpu_trains_in_float32_or_bfloat16():
+    args = parse_args([])
+    assert (args.use_cpu, args.fp16, args.compute_dtype) == (True, False, torch.float32)
+    assert parse_args(["--bf16"]).compute_dtype == torch.bfloat16
+    assert "--fp16" in refusal("--fp16")
+
+
+@pytest.mark.parametrize(
+    "flags", [["--use_flash_attention", "--bf16"], ["--attn_implementation", "flash_attention_2", "--bf16"]]
+)
+def test_flash_attention_on_the_cpu_is_refused(flags, installed):
+    installed("flash_attn")
+    message = refusal(*flags)
+    assert "CPU" in message
+    assert "sdpa" in message
+
+
+def test_a_gpu_trains_in_float16_unless_told_otherwise(gpu):
+    gpu(7, "Tesla V100")
+    assert parse_args(["--no-tqdm"]).compute_dtype == torch.float16
+    assert parse_args(["--no-tqdm", "--fp16", "False"]).compute_dtype == torch.float32
+    gpu(8, "A100")
+    assert parse_args(["--no-tqdm"]).compute_dtype == torch.float16
+    assert parse_args(["--no-tqdm", "--bf16"]).compute_dtype == torch.bfloat16
+
+
+def test_bf16_on_a_gpu_without_it_is_refused(gpu):
+    gpu(7, "Tesla V100")
+    message = refusal("--bf16")
+    assert "Tesla V100" in message
+    assert "Ampere" in message
+
+
+@pytest.mark.parametrize("dtype", ["--fp16", "--bf16"])
+def test_flash_attention_takes_the_best_kernel_there_is(gpu, installed, dtype):
+    gpu(8, "A100")
+    installed("flash_attn")
+    assert parse_args(["--no-tqdm", "--use_flash_attention", dtype]).kernel == "flash_attention_2"
+    installed("flash_attn", False)
+    assert parse_args(["--no-tqdm", "--use_flash_attention", dtype]).kernel == "sdpa"
+    assert parse_args(["--no-tqdm", dtype]).kernel == "sdpa"
+
+
+def test_flash_attention_on_an_old_gpu_is_refused(gpu):
+    gpu(7, "Tesla V100")
+    message = refusal("--use_flash_attention")
+    assert "Tesla V100" in message
+    assert "sdpa" in message
+
+
+def test_flash_attention_in_float32_is_refused(gpu):
+    gpu(8, "A100")
+    assert "float32" in refusal("--use_flash_attention", "--fp16", "False")
+
+
+def test_more_processes_than_gpus_are_refused(gpu, monkeypatch):
+    gpu(8, "A100")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert "at most 1" in refusal("--no-tqdm")
+
+
+def test_flash_attn_that_is_asked_for_by_name_must_be_installed(installed):
+    installed("flash_attn", False)
+    assert "sdpa" in refusal("--attn_implementation", "flash_attention_2")
+
+
+# ---- bad values
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--num_crops", "0"], "--num_crops 0"),
+        (["--num_crops", "17"], "1 to 16"),
+        (["--num_crops", "2.5"], "num_crops"),
+        (["--batch_size", "0"], "--batch_size 0"),
+        (["--batch_size", "sixteen"], "sixteen"),
+        (["--batch_size_per_gpu", "0"], "batch_size"),
+        (["--per_device_eval_batch_size", "0"], "--per_device_eval_batch_size 0"),
+        (["--lora_rank", "0"], "--lora_rank 0"),
+        (["--max_new_tokens", "0"], "--max_new_tokens 0"),
+        (["--lora_dropout", "1"], "--lora_dropout 1"),
+        (["--lora_dropout", "-0.1"], "--lora_dropout -0.1"),
+        (["--fp16", "--bf16"], "--fp16"),
+        (["--bf16", "perhaps"], "perhaps"),
+        (["--optim", "magic"], "magic"),
+        (["--attn_implementation", "fast"], "eager, sdpa, flash_attention_2"),
+        (["--use_flash_attention", "--attn_implementation", "eager"], "--attn_implementation eager"),
+        (["--no_such_flag"], "--no_such_flag"),
+        (["--lora_ran", "8"], "--lora_ran"),  # no abbreviations: a flag added later must not change a call's meaning
+        (["a_word"], "a_word"),
+        (["--data_dir", "nowhere"], "--data_dir nowhere"),
+        (["--data_dir", ".", "--full_train"], "--full_train with --data_dir"),
+        (["--model_name_or_path", "nowhere"], "--model_name_or_path nowhere"),
+        (["--model_name_or_path", "./no/where"], "no such folder"),
+        (["--model_name_or_path", "."], "config.json"),
+        (["--deepspeed", "nowhere.json"], "--deepspeed nowhere.json"),
+        (["--resume_from_checkpoint"], "checkpoint-N"),
+        (["--resume_from_checkpoint", "nowhere"], "--resume_from_checkpoint nowhere"),
+        (["--output_dir", "/dev/null/output"], "--output_dir /dev/null/output"),
+        (["--output_dir", ""], "--output_dir"),
+    ],
+    ids=call,
+)
+def test_bad_values_are_refused_in_one_line(flags, named):
+    assert named in refusal(*flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--logging_steps", "0"], "logging_steps"),
+        (["--warmup_steps", "-1"], "warmup_steps"),
+        (["--load_best_model_at_end", "--eval_strategy", "epoch"], "load_best_model_at_end"),
+        (["--deepspeed", "broken.json"], "broken.json"),
+        (["--dataloader_num_workers", "-1"], "dataloader_num_workers"),
+    ],
+    ids=call,
+)
+def test_what_the_trainer_refuses_is_one_line_too(flags, named):
+    Path("broken.json").write_text("{")
+    assert named in refusal(*flags)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--eval_size", "-1"], ["--max_length", "0"], ["--max_length", "-5"], ["--lora_alpha_ratio", "0"]],
+    ids=call,
+)
+def test_a_value_that_would_do_something_else_is_refused(flags):
+    # rows[:-1]; the default length; every row refused; adapters that change nothing
+    assert flags[0] in refusal(*flags)
+
+
+def test_a_refused_call_leaves_no_folder():
+    refusal("--num_crops", "0")
+    assert not Path("output").exists()
+
+
+def test_resume_takes_the_newest_checkpoint():
+    for step in (5, 10):
+        Path(f"output/checkpoint-{step}").mkdir(parents=True)
+        Path(f"output/checkpoint-{step}/trainer_state.json").write_text("{}")
+    for flags in (["--resume_from_checkpoint"], ["--resume_from_checkpoint", "True"]):
+        assert Path(parse_args(flags).resume_from_checkpoint).name == "checkpoint-10"
+    assert parse_args(["--resume_from_checkpoint", "False"]).resume_from_checkpoint is None
+    named = parse_args(["--resume_from_checkpoint", "output/checkpoint-5"])
+    assert Path(named.resume_from_checkpoint).name == "checkpoint-5"
+
+
+# ---- --help
+
+
+@pytest.fixture
+def help_groups(monkeypatch, capsys) -> dict[str, str]:
+    """The text of --help by the title of its groups."""
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as ended:
+        parse_args(["--help"])
+    assert ended.value.code == 0
+    parts = re.split(r"^(\S.*):\n", capsys.readouterr().out, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def test_help_shows_every_flag_of_the_recipe_in_a_group(help_groups):
+    assert set(GROUPS) <= set(help_groups)
+    inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
+    shown = {title: re.findall(r"^  --(\w+)", text, re.MULTILINE) for title, text in help_groups.items()}
+    grouped = [name for title in GROUPS for name in shown[title]]
+    assert len(grouped) == len(set(grouped))
+    assert {field.name for field in dataclasses.fields(RecipeArguments)} - inherited <= set(grouped)
+    assert inherited <= set(grouped) | set(shown["Hugging Face TrainingArguments"])
+    for flag, _, _, _ in PUBLISHED:
+        assert any(re.search(rf"{flag}\b", text) for text in help_groups.values()), flag
+
+
+def test_every_flag_of_the_recipe_has_a_help_text_with_its_default():
+    for field in dataclasses.fields(RecipeArguments):
+        if field.name in RecipeArguments.__annotations__:
+            assert len(field.metadata.get("help", "")) > 10, field.name
+
+
+def test_help_gives_defaults_and_usage(help_groups):
+    every = " ".join(" ".join(help_groups.values()).split())
+    for default in ("microsoft/Phi-3.5-vision-instruct", "4e-05", "0.95", "1e-07", "./output/"):
+        assert f"(default: {default})" in every
+
+
+def test_help_says_torchrun(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["finetune_hf_trainer_docvqa.py", "--help"])
+    with pytest.raises(SystemExit):
+        parse_args()
+    assert "torchrun --nproc_per_node=GPUS finetune_hf_trainer_docvqa.py [flags]" in capsys.readouterr().out

@@ -1,0 +1,580 @@
+"""Rows -> conversations -> features: labels on answers only, answers chosen by seed, and one line for each bad row."""
+
+import functools
+import io
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import recipe
+import tiny
+import torch
+from PIL import ExifTags, Image
+from torch.utils.data import DataLoader
+from transformers import AutoTokenizer, Trainer
+
+from finetuning.collator import DataCollatorForPhi3V
+from finetuning.conversation import (
+    Conversation,
+    ConversationDataset,
+    StartEpoch,
+    Turn,
+    check_conversation,
+    choose_answers,
+    count_tokens,
+    encode_conversation,
+    load_images,
+    open_image,
+    to_messages,
+)
+from finetuning.errors import InputError
+from finetuning.strategy import load_model
+from phi3v import Phi3VImageProcessor, Phi3VProcessor
+
+own_process = pytest.fixture(autouse=True)(recipe.own_process)
+
+OFFICIAL_FOLDER = Path(__file__).parents[2] / "shared" / "phi35v"
+IGNORED = -100
+
+
+@functools.cache
+def processor(name: str = "tiny") -> Phi3VProcessor:
+    if name == "tiny":
+        return tiny.processor()
+    return Phi3VProcessor(Phi3VImageProcessor(num_crops=1), AutoTokenizer.from_pretrained(OFFICIAL_FOLDER))
+
+
+official = pytest.param(
+    "official", marks=pytest.mark.skipif(not OFFICIAL_FOLDER.is_dir(), reason="the official tokenizer is not here")
+)
+
+
+def pictures(count: int) -> list[Image.Image]:
+    return [tiny.picture(40 + 20 * number, 30, seed=number) for number in range(count)]
+
+
+CONVERSATIONS = {
+    "text only": Conversation("a", [Turn("What is it?", ["A cat"])]),
+    "one image": Conversation("b", [Turn("What is it?", ["A cat"], pictures(1))]),
+    "two images": Conversation("c", [Turn("Compare.\nAnswer briefly.", ["same"], pictures(2))]),
+    "several turns": Conversation(
+        "d",
+        [
+            Turn("What is it?", ["A cat\nand a dog"], pictures(1)),
+            Turn("And here?", ["é 日本 42 %"], pictures(2)),
+            Turn("Sure?", ["yes"]),
+        ],
+    ),
+    "own tags": Conversation(
+        "e", [Turn("Is <|image_2|> after <|image_1|> or before?", ["after"], pictures(2)), Turn("Sure?", ["no"])]
+    ),
+    "a tag used twice": Conversation("f", [Turn("<|image_1|> and again <|image_1|>?", ["one"], pictures(1))]),
+    "spaces around": Conversation("g", [Turn(" What ? ", ["  two  spaces "], pictures(1))]),
+}
+
+
+def by_pieces(conversation: Conversation, answers: list[str], name: str) -> tuple[list[int], list[int]]:
+    """input_ids and labels, built piece by piece: an independent account of the layout."""
+    tokenizer, found = processor(name).tokenizer, processor(name)
+    ids, labels = [], []
+
+    def add(text: str = "", trained: bool = False, tokens: list[int] | None = None):
+        tokens = tokenizer(text, add_special_tokens=False).input_ids if tokens is None else tokens
+        ids.extend(tokens)
+        labels.extend(tokens if trained else [IGNORED] * len(tokens))
+
+    tagged = any("<|image_" in turn.user for turn in conversation.turns)
+    images, next_number, before = conversation.images, 1, ""
+    add(tokens=[tokenizer.bos_token_id])
+    for turn, answer in zip(conversation.turns, answers, strict=True):
+        tags = ""
+        if not tagged:
+            tags = "".join(f"<|image_{next_number + number}|>\n" for number in range(len(turn.images)))
+            next_number += len(turn.images)
+        prompt = f"{before}<|user|>\n{tags}{turn.user}<|end|>\n<|assistant|>\n"
+        chunks = re.split(r"<\|image_(\d+)\|>", prompt)
+        add(chunks[0])
+        for number, chunk in zip(chunks[1::2], chunks[2::2], strict=True):
+            width, height = images[int(number) - 1].size
+            count = found.image_processor.calc_num_image_tokens_from_image_size(width, height)
+            add(tokens=[found.image_token_id] * count)
+            add(tokens=[tokenizer.bos_token_id])  # as in the official processor
+            add(chunk)
+        # <|assistant|> takes the white space after it, the newline of the template and any of the answer's own.
+        add(answer.lstrip() + "<|end|>", trained=True)
+        before = "\n"
+    add("\n")
+    add(tokens=[tokenizer.convert_tokens_to_ids("<|endoftext|>")], trained=True)
+    return ids, labels
+
+
+def spans(labels: list[int]) -> list[list[int]]:
+    """Runs of labels that are not masked."""
+    found, open_run = [], False
+    for label in labels:
+        if label != IGNORED and not open_run:
+            found.append([])
+        open_run = label != IGNORED
+        if open_run:
+            found[-1].append(label)
+    return found
+
+
+# ---- encoding
+
+
+@pytest.mark.parametrize("name", ["tiny", official])
+@pytest.mark.parametrize("case", CONVERSATIONS)
+def test_ids_and_labels_equal_those_built_piece_by_piece(case, name):
+    conversation = CONVERSATIONS[case]
+    encoded = encode_conversation(conversation, processor(name))
+    ids, labels = by_pieces(conversation, [turn.answers[0] for turn in conversation.turns], name)
+    assert encoded["input_ids"] == ids
+    assert encoded["labels"] == labels
+
+
+@pytest.mark.parametrize("name", ["tiny", official])
+@pytest.mark.parametrize("case", CONVERSATIONS)
+def test_labels_cover_answers_their_end_and_the_end_of_text(case, name):
+    conversation = CONVERSATIONS[case]
+    encoded = encode_conversation(conversation, processor(name))
+    assert all(label in (IGNORED, token) for token, label in zip(encoded["input_ids"], encoded["labels"], strict=True))
+    tokenizer = processor(name).tokenizer
+    found = [tokenizer.decode(span) for span in spans(encoded["labels"])]
+    answers = [turn.answers[0] for turn in conversation.turns]
+    # The tokenizers put a space before a text, and decoding drops it again.
+    assert [text.removesuffix("<|end|>").strip() for text in found[:-1]] == [answer.strip() for answer in answers]
+    assert all(text.endswith("<|end|>") for text in found[:-1])
+    assert found[-1] == "<|endoftext|>"
+
+
+@pytest.mark.parametrize("case", CONVERSATIONS)
+def test_features_equal_those_of_the_processor(case):
+    conversation = CONVERSATIONS[case]
+    encoded = encode_conversation(conversation, processor())
+    messages = to_messages(conversation, [turn.answers[0] for turn in conversation.turns])
+    expected = processor()(processor().apply_chat_template(messages), conversation.images or None)
+    assert encoded["input_ids"] == [*expected["input_ids"][0].tolist(), processor().tokenizer.eos_token_id]
+    assert ("pixel_values" in encoded) == bool(conversation.images)
+    if conversation.images:
+        assert torch.equal(encoded["pixel_values"], expected["pixel_values"])
+        assert torch.equal(encoded["image_sizes"], expected["image_sizes"])
+
+
+def test_tags_are_put_before_the_text_and_count_over_all_turns():
+    first, _, second, _, third, _ = [
+        message["content"] for message in to_messages(CONVERSATIONS["several turns"], ["a", "b", "c"])
+    ]
+    assert first == "<|image_1|>\nWhat is it?"
+    assert second == "<|image_2|>\n<|image_3|>\nAnd here?"
+    assert third == "Sure?"
+
+
+def test_own_tags_are_kept_as_they_are():
+    messages = to_messages(CONVERSATIONS["own tags"], ["after", "no"])
+    assert messages[0]["content"] == "Is <|image_2|> after <|image_1|> or before?"
+    # the images follow the numbers, not the places
+    encoded = encode_conversation(CONVERSATIONS["own tags"], processor())
+    one, two = (processor().image_processor([image]) for image in CONVERSATIONS["own tags"].images)
+    assert torch.equal(encoded["pixel_values"], torch.cat([two["pixel_values"], one["pixel_values"]]))
+
+
+def test_messages_stop_at_the_question_to_answer():
+    roles = [message["role"] for message in to_messages(CONVERSATIONS["several turns"], ["a"])]
+    assert roles == ["user", "assistant", "user"]
+
+
+@pytest.mark.parametrize("kind", ["path", "PIL", "bytes", "bytes and path", "dict with path"])
+def test_an_image_may_be_given_in_any_usual_form(kind, tmp_path):
+    image, path = tiny.picture(50, 30), tmp_path / "page.png"
+    image.save(path)
+    source = {
+        "path": str(path),
+        "PIL": image,
+        "bytes": {"bytes": path.read_bytes(), "path": None},
+        "bytes and path": {"bytes": path.read_bytes(), "path": "gone.png"},
+        "dict with path": {"bytes": None, "path": str(path)},
+    }[kind]
+    conversation = Conversation("x", [Turn("What is it?", ["A cat"], [source])])
+    encoded = encode_conversation(conversation, processor())
+    expected = encode_conversation(CONVERSATIONS["text only"], processor())
+    assert torch.equal(encoded["pixel_values"], processor().image_processor([image])["pixel_values"])
+    assert len(encoded["input_ids"]) == count_tokens(conversation, processor()) > len(expected["input_ids"])
+
+
+# ---- answers
+
+
+def several(identity: str = "r1") -> Conversation:
+    return Conversation(identity, [Turn("q", ["a", "b", "c"]), Turn("q", ["only"])])
+
+
+def test_the_choice_among_answers_is_fixed_by_row_epoch_and_seed():
+    def choice(**at):
+        return [choose_answers(several(f"r{number}"), **at) for number in range(40)]
+
+    assert choice(epoch=1, seed=3) == choice(epoch=1, seed=3)
+    assert choice(epoch=1, seed=3) != choice(epoch=2, seed=3)
+    assert choice(epoch=1, seed=3) != choice(epoch=1, seed=4)
+    assert len({answer for answer, _ in choice(epoch=1)}) == 3  # not the same place in every row
+
+
+def test_the_choice_among_answers_is_known():
+    # Recorded: a resumed run, or another rank, must choose what this one chose.
+    assert [choose_answers(several(), epoch)[0] for epoch in range(6)] == ["c", "a", "c", "a", "c", "b"]
+
+
+def test_every_answer_is_chosen_equally_often():
+    counts = Counter(choose_answers(several(f"r{row}"), epoch)[0] for row in range(300) for epoch in range(10))
+    # 1000 of 3000 each; five standard deviations
+    assert all(abs(counts[answer] - 1000) < 130 for answer in "abc")
+
+
+def test_training_sees_other_answers_in_other_epochs():
+    seen = set()
+    for epoch in range(12):
+        encoded = encode_conversation(several(), processor(), epoch=epoch)
+        seen.add(processor().tokenizer.decode(spans(encoded["labels"])[0]))
+    assert seen == {"a<|end|>", "b<|end|>", "c<|end|>"}
+
+
+# ---- refusals
+
+
+def truncated(tmp_path: Path) -> Path:
+    path = tmp_path / "cut.jpg"
+    tiny.picture(200, 200).save(path)
+    path.write_bytes(path.read_bytes()[:-2000])
+    return path
+
+
+def not_an_image(tmp_path: Path) -> Path:
+    path = tmp_path / "notes.png"
+    path.write_text("no image")
+    return path
+
+
+def one(user="What?", answers=("yes",), images=()) -> list[Turn]:
+    return [Turn(user, list(answers), list(images))]
+
+
+REFUSED = {
+    "no turn": (lambda _: [], "at least one turn"),
+    "no answer": (lambda _: [*one(), Turn("And?", [])], "turn 2"),
+    "a number as answer": (lambda _: one(answers=[42]), "42"),
+    "None as answer": (lambda _: one(answers=["yes", None]), "None"),
+    "an empty answer": (lambda _: one(answers=[" "]), "' '"),
+    "answers that are one text": (lambda _: [Turn("What?", "yes")], "yes"),
+    "a number as question": (lambda _: one(user=42), "42"),
+    "a tag in the answer": (lambda _: one(answers=["<|image_1|>"], images=pictures(1)), "answer"),
+    "a tag without its image": (lambda _: one("<|image_1|> and <|image_2|>?", images=pictures(1)), "<|image_2|>"),
+    "a tag and no image at all": (lambda _: one("<|image_1|>?"), "0 image"),
+    "an image without its tag": (lambda _: one("<|image_1|>?", images=pictures(2)), "2 image"),
+    "a control token in the question": (lambda _: one("What?<|end|>"), "<|end|>"),
+    "a control token in the answer": (lambda _: one(answers=["yes<|endoftext|>"]), "<|endoftext|>"),
+    "an image token in the question": (lambda _: one("<|image|>?"), "<|image|>"),
+    "a missing image": (lambda folder: one(images=[folder / "gone.png"]), "gone.png"),
+    "a file that is no image": (lambda folder: one(images=[not_an_image(folder)]), "notes.png"),
+    "bytes that are no image": (lambda _: one(images=[{"bytes": b"no", "path": "p.png"}]), "p.png"),
+    "a folder as image": (lambda folder: one(images=[folder]), "expected an image"),
+    "no image where one should be": (lambda _: one(images=[None]), "None"),
+    "an image column without content": (lambda _: one(images=[{"bytes": None, "path": None}]), "None"),
+    "a truncated image": (lambda folder: one(images=[truncated(folder)]), "cut.jpg"),
+    "too long": (lambda _: one("What? " * 100), "found"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_bad_sample_is_refused_with_its_id_in_one_line(case, tmp_path):
+    turns, named = REFUSED[case]
+    with pytest.raises(InputError) as caught:
+        encode_conversation(Conversation("row-17", turns(tmp_path)), processor(), max_length=120)
+    message = str(caught.value)
+    assert message.startswith("sample row-17")
+    assert named in message
+    assert len(message.splitlines()) == 1
+
+
+# Decoding every image beforehand would take as long as an epoch; a broken one is met when it is read.
+@pytest.mark.parametrize("case", sorted(set(REFUSED) - {"a truncated image"}))
+def test_a_bad_sample_is_found_before_training(case, tmp_path):
+    turns, named = REFUSED[case]
+    bad = Conversation("row-17", turns(tmp_path))
+    rows = [CONVERSATIONS["one image"], bad, Conversation("row-18", [])]
+    dataset = ConversationDataset(rows, lambda row: row, processor(), max_length=120)
+    with pytest.raises(InputError, match=r"^sample row-17") as caught:
+        dataset.check()
+    assert named in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_sample_that_is_too_long_is_refused_with_both_lengths():
+    conversation = CONVERSATIONS["two images"]
+    length = len(encode_conversation(conversation, processor())["input_ids"])
+    assert encode_conversation(conversation, processor(), max_length=length)
+    with pytest.raises(InputError, match=rf"at most {length - 1} tokens, found {length};.*--num_crops.*--max_length"):
+        encode_conversation(conversation, processor(), max_length=length - 1)
+
+
+def test_other_angle_brackets_are_plain_text():
+    conversation = Conversation("x", one("a <b> <|> <|no_token|> c", ["<p>"]))
+    check_conversation(conversation, processor())
+
+
+@pytest.mark.parametrize("token", ["<s>", "</s>", "<unk>"])
+def test_a_control_token_of_the_other_kind_does_not_become_one(token):
+    # "<s>" in a text (struck through, in HTML) must be refused or stay text; it must not begin a document.
+    conversation = Conversation("x", one(f"What is {token} in HTML?", ["a tag"]))
+    try:
+        encoded = encode_conversation(conversation, processor())
+    except InputError:
+        return
+    plain = encode_conversation(Conversation("x", one("What is it in HTML?", ["a tag"])), processor())
+    tokenizer = processor().tokenizer
+    identity = tokenizer.convert_tokens_to_ids(token)
+    assert encoded["input_ids"].count(identity) == plain["input_ids"].count(identity)
+
+
+# ---- EXIF
+
+
+def camera_picture(path: Path, orientation: int) -> Path:
+    """A picture whose upper left pixels are red, stored as a camera would store it that is held otherwise."""
+    image = Image.new("RGB", (90, 40), "white")
+    image.paste("red", (0, 0, 30, 20))
+    back = {
+        1: None,
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }[orientation]
+    stored = image if back is None else image.transpose(back)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    stored.save(path, exif=exif)
+    return path
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", [".png", ".jpg"])
+def test_a_picture_is_turned_as_its_camera_was_held(orientation, suffix, tmp_path):
+    path = camera_picture(tmp_path / f"photo{suffix}", orientation)
+    conversation = Conversation("x", [Turn("What?", ["yes"], [str(path)])])
+    (image,) = load_images(conversation)
+    assert image.size == (90, 40)
+    red, white = image.convert("RGB").getpixel((10, 8)), image.convert("RGB").getpixel((70, 30))
+    assert red[0] > 200
+    assert red[1] < 60
+    assert min(white) > 200
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+@pytest.mark.parametrize("portrait", [False, True])
+def test_tokens_counted_from_the_header_are_those_of_the_encoded_image(orientation, portrait, tmp_path):
+    # A wide upright picture gives other numbers of crops and tokens than the one on its side.
+    image = tiny.picture(30, 90) if portrait else tiny.picture(90, 30)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    image.save(tmp_path / "photo.jpg", exif=exif)
+    conversation = Conversation("x", [Turn("What?", ["yes", "a longer one"], [str(tmp_path / "photo.jpg")])])
+    counted = count_tokens(conversation, processor())
+    lengths = {len(encode_conversation(conversation, processor(), epoch=epoch)["input_ids"]) for epoch in range(10)}
+    assert counted == max(lengths)
+
+
+def test_an_exif_turned_pil_image_is_counted_alike(tmp_path):
+    image = Image.open(camera_picture(tmp_path / "photo.jpg", 6))
+    conversation = Conversation("x", [Turn("What?", ["yes"], [image])])
+    assert count_tokens(conversation, processor()) == len(encode_conversation(conversation, processor())["input_ids"])
+
+
+@pytest.mark.parametrize(
+    "value", [b"\0\3\0\0\0\1\0\0\0\0", b"\0\3\0\0\0\1\0\x63\0\0", b"\0\2\0\0\0\2a\0\0\0"], ids=["0", "99", "a text"]
+)
+def test_a_nonsensical_orientation_is_no_orientation(value, tmp_path):
+    # The EXIF block of a single tag, 0x112: its type, count and value.
+    exif = b"Exif\0\0MM\0*\0\0\0\x08\0\1\1\x12" + value + b"\0\0\0\0"
+    tiny.picture(90, 30).save(tmp_path / "photo.jpg", exif=exif)
+    conversation = Conversation("x", one(images=[tmp_path / "photo.jpg"]))
+    assert load_images(conversation)[0].size == (90, 30)
+    assert count_tokens(conversation, processor()) == len(encode_conversation(conversation, processor())["input_ids"])
+
+
+def test_the_longest_answer_is_counted_in_tokens_not_characters():
+    # Three characters that the tokenizer spells byte by byte, against five that are a token each.
+    conversation = Conversation("x", one(answers=["日本語", "abcde"]))
+    lengths = {len(encode_conversation(conversation, processor(), epoch=epoch)["input_ids"]) for epoch in range(10)}
+    assert len(lengths) == 2
+    assert count_tokens(conversation, processor()) == max(lengths)
+
+
+def test_counting_reads_no_pixels(tmp_path):
+    conversation = Conversation("x", [Turn("What?", ["yes"], [truncated(tmp_path)])])
+    assert count_tokens(conversation, processor()) > 20
+
+
+def test_open_image_leaves_the_pixels_for_later(tmp_path):
+    tiny.picture(20, 10).save(tmp_path / "page.png")
+    image = open_image(tmp_path / "page.png")
+    assert image.size == (20, 10)
+    assert open_image(image) is image
+    with pytest.raises(InputError, match="image bytes"):
+        open_image({"bytes": b"no", "path": None})
+
+
+# ---- the data set
+
+
+def numbered(count: int, batch_size: int = 1, answers=lambda number: [f"{number}"], **kwargs) -> ConversationDataset:
+    rows = list(range(count))
+    return ConversationDataset(
+        rows,
+        lambda number: Conversation(f"r{number}", one(f"{number}?", answers(number))),
+        processor(),
+        batch_size=batch_size,
+        **kwargs,
+    )
+
+
+def answer_of(features: dict) -> str:
+    return processor().tokenizer.decode(spans(features["labels"])[0]).removesuffix("<|end|>")
+
+
+@pytest.mark.parametrize(("rows", "batch"), [(10, 4), (12, 4), (3, 16), (1, 1), (5, 5), (7, 6)])
+def test_an_epoch_fills_its_last_step_with_rows_of_its_own(rows, batch):
+    dataset = numbered(rows, batch)
+    assert len(dataset) % batch == 0
+    assert 0 <= len(dataset) - rows < batch
+    seen = Counter()
+    for epoch in range(6):
+        dataset.start_epoch(epoch)
+        found = Counter(answer_of(dataset[index]) for index in range(len(dataset)))
+        # every row, and none more than once beyond what the filling needs
+        assert set(found) == {str(number) for number in range(rows)}
+        assert max(found.values()) - min(found.values()) <= 1
+        seen += found
+    # over the epochs the rows take turns
+    assert max(seen.values()) - min(seen.values()) <= 1
+
+
+def test_reading_a_data_set_from_end_to_end_ends():
+    # Python iterates until an IndexError; the sampler of --train_sampling_strategy group_by_length does so.
+    dataset = numbered(3, 2)
+    assert len(dataset) == 4
+    with pytest.raises(IndexError):
+        dataset[4]
+
+
+def test_other_rows_are_filled_in_in_each_epoch():
+    dataset, filled = numbered(10, 4), []
+    for epoch in range(5):
+        dataset.start_epoch(epoch)
+        filled.append(tuple(answer_of(dataset[index]) for index in (10, 11)))
+    assert len(set(filled)) == 5
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_epoch_reaches_the_loader_workers_that_live_on(workers):
+    dataset = numbered(8, answers=lambda _: ["a", "b", "c", "d"], seed=5)
+    loader = DataLoader(
+        dataset, batch_size=None, num_workers=workers, persistent_workers=bool(workers), multiprocessing_context=None
+    )
+    epochs = []
+    for epoch in range(4):
+        StartEpoch().on_epoch_begin(None, type("State", (), {"epoch": float(epoch)}), None, train_dataloader=loader)
+        epochs.append([answer_of(features) for features in loader])
+        expected = [choose_answers(several_of(dataset, index), epoch, 5)[0] for index in range(8)]
+        assert epochs[-1] == expected
+    assert len({tuple(answers) for answers in epochs}) == 4
+
+
+def several_of(dataset: ConversationDataset, index: int) -> Conversation:
+    return dataset.to_conversation(dataset.rows[index])
+
+
+@pytest.mark.parametrize(("stored", "epoch"), [(None, 0), (0.0, 0), (0.75, 0), (1.0, 1), (2.4, 2)])
+def test_a_resumed_run_goes_on_in_its_epoch(stored, epoch):
+    dataset = numbered(3)
+    loader = DataLoader(dataset, batch_size=None)
+    StartEpoch().on_epoch_begin(None, type("State", (), {"epoch": stored}), None, train_dataloader=loader)
+    assert int(dataset._epoch) == epoch
+
+
+class Seen(torch.utils.data.Dataset):
+    """A data set that notes, also in a worker process, in which epoch each of its rows was read."""
+
+    def __init__(self, dataset: ConversationDataset, epochs: int):
+        self.dataset = dataset
+        self.counts = torch.zeros(epochs, len(dataset), dtype=torch.long).share_memory_()
+
+    def start_epoch(self, epoch: int):
+        self.dataset.start_epoch(epoch)
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        self.counts[int(self.dataset._epoch), index] += 1
+        return self.dataset[index]
+
+
+@pytest.mark.parametrize("workers", [[], ["--dataloader_num_workers", "1", "--dataloader_persistent_workers", "True"]])
+def test_the_trainer_reads_every_row_once_in_each_epoch(tmp_path, workers):
+    folder = recipe.model_folder(tmp_path / "model")
+    flags = [
+        "--use_lora",
+        "--lora_rank",
+        "2",
+        "--batch_size",
+        "2",
+        "--batch_size_per_gpu",
+        "2",
+        "--num_train_epochs",
+        "2",
+    ]
+    flags += ["--save_strategy", "no", "--activation_checkpointing", "False", *workers]
+    seen = Seen(numbered(3, 2), epochs=2)
+    args = recipe.arguments(folder, "--dataloader_num_workers", "0", *flags)
+    trainer = Trainer(
+        model=load_model(args),
+        args=args,
+        train_dataset=seen,
+        data_collator=DataCollatorForPhi3V(processor().tokenizer.pad_token_id),
+        callbacks=[StartEpoch()],
+    )
+    trainer.train()
+    assert seen.counts.tolist() == [[1] * 4] * 2
+
+
+def test_a_good_data_set_passes_the_check():
+    dataset = ConversationDataset(list(CONVERSATIONS.values()), lambda row: row, processor(), max_length=500)
+    dataset.check()
+
+
+def test_a_worker_names_the_sample_it_cannot_read(tmp_path):
+    broken = Conversation("row-17", one(images=[truncated(tmp_path)]))
+    loader = DataLoader(ConversationDataset([broken], lambda row: row, processor()), batch_size=None, num_workers=1)
+    with pytest.raises(InputError) as caught:
+        next(iter(loader))
+    # what errors.run prints of it
+    assert "sample row-17" in str(caught.value).strip().splitlines()[-1]
+
+
+def test_rows_of_a_data_set_that_decodes_no_images():
+    datasets = pytest.importorskip("datasets")
+    buffer = io.BytesIO()
+    tiny.picture(60, 40).save(buffer, "PNG")
+    rows = datasets.Dataset.from_list([{"image": {"bytes": buffer.getvalue(), "path": None}, "answers": ["yes"]}])
+    rows = rows.cast_column("image", datasets.Image(decode=False))
+    dataset = ConversationDataset(
+        rows, lambda row: Conversation("x", one(answers=row["answers"], images=[row["image"]])), processor()
+    )
+    dataset.check()
+    assert dataset[0]["image_sizes"].tolist() == [[56, 56]]
+    assert json.dumps(dataset[0]["labels"])

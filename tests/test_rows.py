@@ -1,0 +1,146 @@
+"""Rows of jsonl files: every error names file and line, splits are found, image paths stay inside the folder."""
+
+import pytest
+import recipe
+from datasets import Dataset
+
+from finetuning.conversation import Turn, from_jsonl
+from finetuning.errors import InputError
+from finetuning.rows import iterate_jsonl, read_jsonl, read_splits, take
+
+
+def test_read_jsonl_skips_empty_lines(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"a": 1}\n\n  \n{"a": "é"}', encoding="utf-8")
+    assert read_jsonl(path) == [{"a": 1}, {"a": "é"}]
+    assert list(iterate_jsonl(path)) == [(1, {"a": 1}), (4, {"a": "é"})]
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (b'{"a": 1}\n\n{"a": }\n', r"rows.jsonl:3: expected a JSON object, found .*column 7"),
+        (b'{"a": 1}\n[1, 2]\n', r"rows.jsonl:2: expected a JSON object, found list"),
+        (b'{"a": 1}\n"text"\n', r"rows.jsonl:2: expected a JSON object, found str"),
+        (b'{"a": 1}{"a": 2}\n', r"rows.jsonl:1: expected a JSON object"),
+        (b"[" * 100_000 + b"\n", r"rows.jsonl:1: expected a JSON object"),
+        (b'{"a": "\xff"}\n', r"rows.jsonl: expected UTF-8 text, found .* at byte 7"),
+        (b'\xef\xbb\xbf{"a": 1}\n', r"rows.jsonl:1: .*BOM"),
+        (b'{"a": 1}\n{"image": 3}\n', r"rows.jsonl:2: expected an image path, found 3"),
+        (b"\n \n", r"rows.jsonl: expected at least one row, found none"),
+    ],
+    ids=["broken", "a list", "a text", "two in a line", "deep", "Latin-1", "byte order mark", "image", "empty"],
+)
+def test_read_jsonl_names_file_and_line(content, found, tmp_path):
+    (tmp_path / "rows.jsonl").write_bytes(content)
+    with pytest.raises(InputError, match=found) as caught:
+        read_jsonl(tmp_path / "rows.jsonl")
+    assert str(caught.value).startswith(str(tmp_path))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["gone.jsonl", "."])
+def test_read_jsonl_names_a_file_it_cannot_open(name, tmp_path):
+    with pytest.raises(InputError, match="expected a jsonl file, found: ") as caught:
+        read_jsonl(tmp_path / name)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_image_paths_are_relative_to_the_file(tmp_path):
+    turn = {"images": ["a/1.jpg", "2.jpg"], "user": "What?", "assistant": "yes"}
+    rows = [{"image": "images/1.png"}, {"images": ["1.png"]}, {"conversations": [turn]}]
+    one, several, converted = read_jsonl(recipe.write_jsonl(tmp_path / "rows.jsonl", rows))
+    assert one["image"] == str(tmp_path / "images" / "1.png")
+    assert several["images"] == [str(tmp_path / "1.png")]
+    # the converted form keeps its images in a folder of their own
+    assert converted["conversations"][0]["images"] == [str(tmp_path / "images" / path) for path in turn["images"]]
+
+
+@pytest.mark.parametrize("path", ["../secret.png", "/etc/passwd", "images/../../secret.png", "link/secret.png", ""])
+def test_an_image_path_that_leaves_the_folder_is_refused(path, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "link").symlink_to(tmp_path)
+    rows = [{"image": "1.png"}, {"image": path}]
+    with pytest.raises(InputError, match="rows.jsonl:2: expected an image path"):
+        read_jsonl(recipe.write_jsonl(tmp_path / "data" / "rows.jsonl", rows))
+
+
+def test_read_splits_of_one_file_or_of_one_each(tmp_path):
+    for name in ("one", "each", "named"):
+        (tmp_path / name).mkdir()
+    recipe.write_jsonl(
+        tmp_path / "one" / "rows.jsonl", [{"n": n, "split": s} for n, s in enumerate(("test", "train", "val", "train"))]
+    )
+    recipe.write_jsonl(tmp_path / "each" / "train.jsonl", [{"n": 1}])
+    recipe.write_jsonl(tmp_path / "each" / "test.jsonl", [{"n": 0}])
+    recipe.write_jsonl(tmp_path / "named" / "ucf101_train.jsonl", [{"n": 1}])
+    recipe.write_jsonl(tmp_path / "named" / "ucf101_val.jsonl", [{"n": 2}])
+
+    def numbers(*args):
+        return [[row["n"] for row in rows] for rows in read_splits(*args)]
+
+    assert numbers(tmp_path / "one") == [[1, 3], [0]]
+    assert numbers(tmp_path / "one", "val", "train") == [[2], [1, 3]]
+    assert numbers(tmp_path / "each") == [[1], [0]]
+    # the first that exists
+    assert numbers(tmp_path / "one", "train", ("val", "test")) == [[1, 3], [2]]
+    assert numbers(tmp_path / "named", "train", ("test", "val")) == [[1], [2]]
+
+
+@pytest.mark.parametrize(
+    ("files", "found"),
+    [
+        ({}, "expected rows.jsonl with a field split, or train.jsonl"),
+        ({"train.jsonl": [{}]}, "test.jsonl"),
+        ({"rows.jsonl": [{"split": "train"}]}, 'rows.jsonl: expected rows with "split": "test", found none'),
+        ({"rows.jsonl": [{}]}, 'rows.jsonl: expected rows with "split": "train", found none'),
+        ({"rows.jsonl": [{"split": ["train"]}]}, "split"),
+        ({"a_train.jsonl": [{}], "b_train.jsonl": [{}]}, "expected one file for the split train"),
+    ],
+    ids=["empty folder", "one split missing", "no test rows", "no split field", "split no text", "two of a split"],
+)
+def test_read_splits_says_what_is_missing(files, found, tmp_path):
+    for name, rows in files.items():
+        recipe.write_jsonl(tmp_path / name, rows)
+    with pytest.raises(InputError) as caught:
+        read_splits(tmp_path)
+    assert found in str(caught.value)
+    assert str(tmp_path) in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("kind", [list, Dataset.from_list])
+def test_take_gives_the_first_rows(kind):
+    rows = kind([{"n": number} for number in range(5)])
+    assert [row["n"] for row in take(rows, 2)] == [0, 1]
+    assert len(take(rows, None)) == len(take(rows, 9)) == 5
+    assert len(take(rows, 0)) == 0
+
+
+def test_a_converted_row_becomes_a_conversation():
+    first = {"images": ["a.jpg", "b.jpg"], "user": "What?", "assistant": "yes"}
+    conversation = from_jsonl({"id": 7, "conversations": [first, {"user": "Sure?", "assistant": ["no", "not"]}]})
+    assert conversation.id == "7"
+    assert conversation.turns == [Turn("What?", ["yes"], ["a.jpg", "b.jpg"]), Turn("Sure?", ["no", "not"])]
+
+
+@pytest.mark.parametrize(
+    ("row", "named"),
+    [
+        ({"conversations": [{}]}, '"id"'),
+        ({"id": "a"}, '"conversations"'),
+        ({"id": "a", "conversations": []}, '"conversations"'),
+        ({"id": "a", "conversations": ["What?"]}, "turn 1"),
+        (
+            {"id": "a", "conversations": [{"user": "q", "assistant": "a"}, {"assistant": "a"}]},
+            'turn 2: expected "user"',
+        ),
+        ({"id": "a", "conversations": [{"user": "q", "assistant": "a", "images": "a.jpg"}]}, '"images"'),
+    ],
+)
+def test_a_converted_row_with_a_wrong_field_is_refused(row, named):
+    with pytest.raises(InputError) as caught:
+        from_jsonl(row)
+    assert str(caught.value).startswith(f"sample {row.get('id')}")
+    assert named in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
