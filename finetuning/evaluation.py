@@ -17,7 +17,7 @@ from phi3v import Phi3VProcessor
 from phi3v.processing_phi3_v import IMAGE_TAG
 
 from .arguments import RecipeArguments
-from .conversation import Conversation, load_images, to_messages
+from .conversation import Conversation, Turn, load_images, to_messages
 
 
 @dataclass
@@ -64,12 +64,13 @@ class _Prompts(Dataset):
     def __getitem__(self, index):
         row, turn = self.places[index]
         conversation = self.to_conversation(self.rows[row])
-        conversation = Conversation(conversation.id, conversation.turns[: turn + 1])
-        earlier = [turn.answers[0] for turn in conversation.turns[:-1]]
+        earlier = [turn.answers[0] for turn in conversation.turns[:turn]]
         prompt = self.processor.apply_chat_template(to_messages(conversation, earlier), add_generation_prompt=True)
-        # Where texts hold their own tags, a later turn may be the first to name an image.
-        named = max((int(number) for number in IMAGE_TAG.findall(prompt)), default=0)
-        return prompt, load_images(conversation)[:named]
+        # This turn and the ones before it may name some of the images only.
+        numbers = sorted({int(number) for number in IMAGE_TAG.findall(prompt)})
+        prompt = IMAGE_TAG.sub(lambda tag: f"<|image_{numbers.index(int(tag[1])) + 1}|>", prompt)
+        shown = Turn("", [], [conversation.images[number - 1] for number in numbers])
+        return prompt, load_images(Conversation(conversation.id, [shown]))
 
     def collate(self, prompts):
         if not prompts:

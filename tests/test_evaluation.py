@@ -105,13 +105,33 @@ def test_a_later_turn_is_asked_after_the_first_answers_of_the_earlier_ones(one_b
     assert (third.question, third.references, third.answer) == ("Third?", ["three"], text)
 
 
-def test_an_early_turn_is_asked_as_it_was_trained_where_texts_hold_their_own_tags(folder, tmp_path):
-    # Both images stand in the first turn; one is named in the second.
-    images = [tiny.picture(60, 40, seed=1), tiny.picture(30, 30, seed=2)]
-    turns = [Turn("What is on <|image_1|>?", ["one"], images), Turn("And on <|image_2|>?", ["two"])]
+IMAGES = [tiny.picture(60, 40, seed=1), tiny.picture(30, 30, seed=2)]
+
+
+@pytest.mark.parametrize(
+    ("turns", "prompt", "shown"),
+    [
+        (
+            [Turn("What is on <|image_1|>?", ["one"], IMAGES), Turn("And on <|image_2|>?", ["two"])],
+            "What is on <|image_1|>?",
+            IMAGES[:1],
+        ),
+        (
+            [Turn("What is on <|image_2|>?", ["two"], IMAGES), Turn("And on <|image_1|>?", ["one"])],
+            "What is on <|image_1|>?",
+            IMAGES[1:],
+        ),
+        ([Turn("Look.", ["I do"], IMAGES[:1]), Turn("What is on <|image_1|>?", ["one"])], "Look.", None),
+    ],
+    ids=["the second image later", "the first image later", "any image later"],
+)
+def test_an_early_turn_is_asked_as_it_was_trained_where_texts_hold_their_own_tags(
+    folder, tmp_path, turns, prompt, shown
+):
+    # The model must see what the training text shows up to there: no image that only a later turn names.
     found = answer(folder, tmp_path / "out", rows=[0], function=lambda _: Conversation("x", turns))
     processor = tiny.processor(2)
-    inputs = processor("<|user|>\nWhat is on <|image_1|>?<|end|>\n<|assistant|>\n", images[:1])
+    inputs = processor(f"<|user|>\n{prompt}<|end|>\n<|assistant|>\n", shown)
     output = tiny.model().generate(**inputs, max_new_tokens=6, do_sample=False)
     text = processor.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
     assert found[0].answer == text
