@@ -1,0 +1,115 @@
+"""How the tests start the scripts: under torchrun, or many calls of one process each at the cost of one import."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from recipe import LAUNCHER
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "finetune_hf_trainer_docvqa.py"
+# Generous: the first run on a machine compiles an operation of DeepSpeed's.
+TIMEOUT = 600  # seconds
+
+
+@dataclass
+class Run:
+    """What a call has left."""
+
+    output: Path
+    status: int
+    stdout: str
+    stderr: str
+
+    @property
+    def errors(self) -> list[str]:
+        return [line for line in self.stderr.splitlines() if line.startswith("error: ")]
+
+    @property
+    def logs(self) -> dict[int, dict]:
+        """What was logged in each optimizer step."""
+        path = max(self.output.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+        history = json.loads((path / "trainer_state.json").read_text())["log_history"]
+        return {entry["step"]: entry for entry in history if "loss" in entry}
+
+    @property
+    def losses(self) -> list[float]:
+        return [entry["loss"] for entry in self.logs.values()]
+
+    def evaluation(self, stage: str) -> dict:
+        return json.loads((self.output / f"eval_{stage}.json").read_text(encoding="utf-8"))
+
+
+def environment() -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
+    # CUDA_VISIBLE_DEVICES: these tests are about the CPU, on a machine with a GPU too.
+    return {**kept, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]
+
+
+def finish(command: list[str], folder: Path, log: Path | None = None) -> subprocess.CompletedProcess:
+    """Runs a command to its end, output captured or in the file `log`; leaves no process behind if that takes too long."""
+    with ExitStack() as stack:
+        pipe = stack.enter_context(open(log, "w")) if log else subprocess.PIPE
+        options = {"stdout": pipe, "stderr": pipe, "text": True, "env": environment(), "cwd": folder}
+        process = subprocess.Popen(command, start_new_session=True, **options)
+        try:
+            stdout, stderr = process.communicate(timeout=TIMEOUT)
+        except BaseException:
+            # torchrun ends its workers, which have sessions of their own; what is left then is ended with the group.
+            process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(30)
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
+
+
+def call(command: list[str], output: Path) -> Run:
+    done = finish(command, output.parent)
+    return Run(output, done.returncode, done.stdout, done.stderr)
+
+
+def torchrun(output: Path, *flags: str, ranks: int = 2) -> Run:
+    """Runs the script under torchrun, with --output_dir `output`."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
+    launcher += [f"--master_port={free_port()}"]
+    return call([*launcher, str(SCRIPT), "--output_dir", str(output), *flags], output)
+
+
+def python(output: Path, *flags: str) -> Run:
+    """Runs the script by plain python: one process."""
+    return call([sys.executable, str(SCRIPT), "--output_dir", str(output), *flags], output)
+
+
+def several(calls: dict[str, list[str]], folder: Path) -> dict[str, Run]:
+    """Runs the script once for each entry, one process each; name -> Run. Its --output_dir is `folder` / name, unless given."""
+    listed, names = [], {name: re.sub(r"\W+", "-", name) for name in calls}
+    assert len(set(names.values())) == len(calls)
+    for name, flags in calls.items():
+        argv = list(flags) if "--output_dir" in flags else ["--output_dir", str(folder / names[name]), *flags]
+        listed.append({"argv": argv, "output": str(folder / names[name])})
+    (folder / "calls.json").write_text(json.dumps(listed))
+    command = [sys.executable, str(Path(__file__).parent / "several.py"), str(folder / "calls.json")]
+    # Not captured: a call that dies in a bad way must not keep a pipe open.
+    finish(command, folder, log=folder / "several.log").check_returncode()
+    runs = {}
+    for name, file in names.items():
+        path = folder / file
+        status, stdout, stderr = (path.with_name(file + end).read_text() for end in (".status", ".out", ".err"))
+        runs[name] = Run(path, int(status), stdout, stderr)
+    return runs
