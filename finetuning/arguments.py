@@ -1,7 +1,9 @@
 """The flags of all recipes: the published names and defaults, over every Hugging Face TrainingArguments flag."""
 
+import argparse
 import importlib.util
 import json
+import math
 import os
 import sys
 import tempfile
@@ -12,9 +14,11 @@ from typing import get_type_hints
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import HfArg
+from transformers.integrations.integration_utils import get_available_reporting_integrations
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
+from .checkpoint import check_checkpoint
 from .errors import InputError
 
 ZERO2 = Path(__file__).parents[1] / "ds_configs" / "zero2.json"
@@ -189,15 +193,27 @@ class RecipeArguments(TrainingArguments):
             "max_length": 1,
             "eval_size": 0,
             "dataloader_num_workers": 0,
+            "learning_rate": 0,
+            "weight_decay": 0,
+            "warmup_steps": 0,
         }
         for name, least in at_least.items():
             value = getattr(self, name)
-            if value is not None and value < least:
-                raise InputError(f"--{name} {value}: expected at least {least}")
-        if self.lora_alpha_ratio <= 0:
-            raise InputError(f"--lora_alpha_ratio {self.lora_alpha_ratio}: expected more than 0")
-        if not 0 <= self.lora_dropout < 1:
-            raise InputError(f"--lora_dropout {self.lora_dropout}: expected a probability from 0 to below 1")
+            if value is not None and not least <= value < math.inf:
+                raise InputError(f"--{name} {value}: expected a number of at least {least}")
+        for name in ("lora_alpha_ratio", "num_train_epochs", "save_steps", "logging_steps", "adam_epsilon"):
+            value = getattr(self, name)
+            if not 0 < value < math.inf:
+                raise InputError(f"--{name} {value}: expected a number over 0")
+        for name in ("lora_dropout", "adam_beta1", "adam_beta2"):
+            value = getattr(self, name)
+            if not 0 <= value < 1:
+                raise InputError(f"--{name} {value}: expected a number from 0 to below 1")
+        trackers = ["none", "all", *get_available_reporting_integrations()]
+        if self.report_to not in trackers:
+            raise InputError(
+                f"--report_to {self.report_to}: expected a tracker that is installed; here these are {', '.join(trackers)}"
+            )
         local = os.path.isdir(self.model_name_or_path)
         if local and not os.path.isfile(os.path.join(self.model_name_or_path, "config.json")):
             raise InputError(
@@ -268,6 +284,12 @@ class RecipeArguments(TrainingArguments):
                 json.loads(Path(self.deepspeed).read_text(encoding="utf-8"))
             except ValueError as error:
                 raise InputError(f"--deepspeed {self.deepspeed}: expected a JSON file, found: {error}") from None
+            if self.use_cpu:
+                # On a CPU DeepSpeed compiles a communication kernel at first use, and a run that is killed meanwhile leaves
+                # a lock on which all later runs wait without a word. Not named here, it is not built: gloo does its work.
+                import deepspeed
+
+                deepspeed.ops.__compatible_ops__ = {}
         # Started by plain python: one process, as `torchrun --nproc_per_node=1` would set it up.
         for name, value in (
             ("RANK", 0),
@@ -320,6 +342,17 @@ class RecipeArguments(TrainingArguments):
                 )
         if self.resume_from_checkpoint is not None and not os.path.isdir(self.resume_from_checkpoint):
             raise InputError(f"--resume_from_checkpoint {self.resume_from_checkpoint}: no such folder")
+        if self.resume_from_checkpoint is not None:
+            check_checkpoint(Path(self.resume_from_checkpoint), self.use_lora)
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds each flag's default to its help, unless there is none or the help says itself what is taken."""
+
+    def _get_help_string(self, action):
+        if action.default is None or "(default" in action.help:
+            return action.help
+        return super()._get_help_string(action)
 
 
 class _Parser(HfArgumentParser):
@@ -350,7 +383,7 @@ def parse_args(argv: list[str] | None = None, **defaults) -> RecipeArguments:
         InputError: for an unknown flag, a value out of range or flags that contradict each other.
     """
     usage = "torchrun --nproc_per_node=GPUS %(prog)s [flags]"
-    parser = _Parser(RecipeArguments, allow_abbrev=False, usage=usage)
+    parser = _Parser(RecipeArguments, allow_abbrev=False, usage=usage, formatter_class=_HelpFormatter)
     parser.set_defaults(**defaults)
     namespace = parser.parse_args(sys.argv[1:] if argv is None else argv)
     return RecipeArguments(**vars(namespace))

@@ -99,6 +99,25 @@ def open_image(source) -> Image.Image:
         raise InputError(f"{name}: expected an image, found: {error}") from None
 
 
+def image_size(source) -> tuple[int, int]:
+    """Width and height in pixels of an image turned upright, from its header alone.
+
+    Args:
+        source: see `open_image`.
+
+    Raises:
+        InputError: if it is missing or not an image.
+    """
+    image = open_image(source)
+    try:
+        return image.size[::-1] if _orientation(image) >= 5 else image.size
+    except (OSError, SyntaxError, ValueError) as error:
+        raise InputError(f"{_name(source)}: expected a whole image, found: {error}") from None
+    finally:
+        if image is not source:
+            image.close()
+
+
 def load_images(conversation: Conversation) -> list[Image.Image]:
     """Images of a conversation, decoded and turned upright.
 
@@ -226,6 +245,10 @@ def check_conversation(conversation: Conversation, processor: Phi3VProcessor) ->
         for text in (turn.user, *turn.answers):
             if not isinstance(text, str):
                 raise InputError(f"{where}, turn {number}: expected text, found {text!r}")
+            if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+                raise InputError(
+                    f"{where}, turn {number}: expected Unicode text, found half a surrogate pair in {text!r}"
+                )
             token = next((token for token in added if token in text), None)
             if token is not None:
                 raise InputError(
@@ -240,12 +263,7 @@ def check_conversation(conversation: Conversation, processor: Phi3VProcessor) ->
 
 def count_tokens(conversation: Conversation, processor: Phi3VProcessor) -> int:
     """Length of the trained conversation in tokens, with its longest answers, from the headers of its images alone."""
-    sizes = []
-    for image in conversation.images:
-        opened = open_image(image)
-        sizes.append(opened.size if _orientation(opened) < 5 else opened.size[::-1])
-        if opened is not image:
-            opened.close()
+    sizes = [image_size(image) for image in conversation.images]
     tokens = [processor.image_processor.calc_num_image_tokens_from_image_size(*size) for size in sizes]
     longest = [
         turn.answers[0] if len(turn.answers) == 1 else max(turn.answers, key=lambda text: len(processor.tokenize(text)))
@@ -263,7 +281,8 @@ def _check_length(length: int, max_length: int | None, where: str) -> None:
 
 def _orientation(image: Image.Image) -> int:
     """EXIF orientation: 1 upright, 2 to 4 mirrored or upside down, 5 to 8 lying on a side; 1 if it makes no sense."""
-    orientation = image.getexif().get(ExifTags.Base.Orientation)
+    # Not image.getexif(): where a PNG's header holds no EXIF data, that decodes all of its pixels to look behind them.
+    orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
     return orientation if orientation in range(1, 9) else 1
 
 

@@ -5,6 +5,8 @@ import sys
 import time
 from collections.abc import Callable
 
+import torch.distributed as dist
+
 
 class InputError(Exception):
     """What the user gave cannot be used. The message is one line: expected, found, where, and what to do."""
@@ -14,6 +16,10 @@ def run(main: Callable[[], None]) -> None:
     """Runs a script's `main`; an `InputError` becomes one line on stderr and exit status 2."""
     try:
         main()
+        if dist.is_initialized():
+            # A rank that ends with its threads running may abort (one in six did with gloo), and torchrun would then end the
+            # ones that still work.
+            dist.destroy_process_group()
     except InputError as error:
         # A DataLoader worker's error arrives wrapped in its traceback; the message itself is the last line.
         line = str(error).strip().splitlines()[-1].removeprefix(f"{InputError.__module__}.InputError: ")

@@ -135,7 +135,11 @@ def write_report(
         confusion = plot_confusion(results["after"]["answers_unique"], results["after"]["generated_texts_unique"])
     if confusion:
         confusion.savefig(folder / "confusion.png", dpi=120)
-    answers = _answers(folder / "predictions.jsonl")
+    # In the data set's order: ids need not be unique.
+    predictions = read_predictions(folder / "predictions.jsonl")
+    answers = {
+        stage: iter([item["answer"] for item in predictions if item["stage"] == stage]) for stage in ("before", "after")
+    }
     shown = []
     for row in list(rows)[:MAX_ROWS]:
         conversation = to_conversation(row)
@@ -144,7 +148,7 @@ def write_report(
             if turn == 0:
                 item["images"] = [_thumbnail(image) for image in load_images(conversation)]
             for stage in ("before", "after"):
-                item[stage] = answers.get((stage, conversation.id, turn))
+                item[stage] = next(answers[stage], None)
                 item[f"{stage}_class"] = "good" if _matches(item[stage], asked.answers) else "bad"
             shown.append(item)
     page = jinja2.Environment(autoescape=True).from_string(PAGE)
@@ -160,10 +164,6 @@ def write_report(
     path = folder / "report.html"
     path.write_text(html, encoding="utf-8")
     return path
-
-
-def _answers(path: Path) -> dict[tuple[str, str, int], str]:
-    return {(item["stage"], item["id"], item["turn"]): item["answer"] for item in read_predictions(path)}
 
 
 def _matches(answer: str | None, references: list[str]) -> bool:

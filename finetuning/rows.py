@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +50,11 @@ def iterate_jsonl(path: str | os.PathLike) -> Iterator[tuple[int, dict[str, Any]
                     continue
                 try:
                     row = json.loads(line)
-                except (json.JSONDecodeError, RecursionError) as error:
-                    found = (
-                        f"{error.msg} at column {error.colno}"
-                        if isinstance(error, json.JSONDecodeError)
-                        else "too deep nesting"
-                    )
+                except json.JSONDecodeError as error:
+                    found = f"{error.msg} at column {error.colno}"
                     raise InputError(f"{path}:{number}: expected a JSON object, found {found}") from None
+                except (RecursionError, ValueError) as error:  # nested too deep, or a number of thousands of digits
+                    raise InputError(f"{path}:{number}: expected a JSON object, found: {error}") from None
                 if not isinstance(row, dict):
                     raise InputError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
                 yield number, row
@@ -90,7 +89,7 @@ def resolve_images(row: dict[str, Any], folder: Path) -> dict[str, Any]:
     Raises:
         InputError: if one is not text or leaves the folder.
     """
-    row = dict(row)
+    row, folder = dict(row), os.fspath(folder)
     for key in ("image", "img"):
         if key in row:
             row[key] = _inside(folder, row[key])
@@ -98,7 +97,7 @@ def resolve_images(row: dict[str, Any], folder: Path) -> dict[str, Any]:
         row["images"] = [_inside(folder, path) for path in row["images"]]
     if isinstance(row.get("conversations"), list):
         row["conversations"] = [
-            {**turn, "images": [_inside(folder / "images", path) for path in turn["images"]]}
+            {**turn, "images": [_inside(os.path.join(folder, "images"), path) for path in turn["images"]]}
             if isinstance(turn, dict) and isinstance(turn.get("images"), list)
             else turn
             for turn in row["conversations"]
@@ -106,13 +105,22 @@ def resolve_images(row: dict[str, Any], folder: Path) -> dict[str, Any]:
     return row
 
 
-def _inside(folder: Path, path) -> str:
+def _inside(folder: str, path) -> str:
     if not isinstance(path, str) or not path:
         raise InputError(f"expected an image path, found {path!r}")
-    whole = os.path.normpath(folder / path)
-    if not Path(os.path.realpath(whole)).is_relative_to(os.path.realpath(folder)):
+    whole = os.path.normpath(os.path.join(folder, path))
+    try:
+        inside = os.path.realpath(whole).startswith(os.path.join(_real(folder), ""))
+    except ValueError:  # a null character or half a surrogate pair
+        inside = False
+    if not inside:
         raise InputError(f"expected an image path inside {folder}, found {path!r}")
     return whole
+
+
+@lru_cache
+def _real(folder: str) -> str:
+    return os.path.realpath(folder)
 
 
 def read_splits(

@@ -57,21 +57,23 @@ def load_processor(args: RecipeArguments) -> Phi3VProcessor:
     return processor
 
 
+def nf4(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
+    """QLoRA's quantisation: the language model in 4 bits, double-quantised; the vision part and lm_head as they are."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+        llm_int8_skip_modules=["model.vision_embed_tokens", "lm_head"],
+    )
+
+
 def load_model(args: RecipeArguments) -> PreTrainedModel:
     """The model in the run's dtype and attention kernel, with exactly the parameters trainable that the strategy trains.
 
     Raises:
         InputError: if weights are missing or cannot be read.
     """
-    quantization = None
-    if args.use_qlora:
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=args.compute_dtype,
-            llm_int8_skip_modules=["model.vision_embed_tokens", "lm_head"],
-        )
     # New adapters follow from the seed, whatever drew random numbers before.
     set_seed(args.seed)
     level = logging.get_verbosity()
@@ -82,7 +84,7 @@ def load_model(args: RecipeArguments) -> PreTrainedModel:
             args.model_name_or_path,
             dtype=args.compute_dtype,
             attn_implementation=args.kernel,
-            quantization_config=quantization,
+            quantization_config=nf4(args.compute_dtype) if args.use_qlora else None,
             device_map={"": args.device},
             output_loading_info=True,
             # Reported below, by name.

@@ -48,7 +48,7 @@ PUBLISHED = [
     # Trainer's own flags, which must pass through
     ("--max_steps", "max_steps", -1, 7),
     ("--seed", "seed", 42, 1),
-    ("--report_to", "report_to", [], ["tensorboard"]),
+    ("--report_to", "report_to", [], None),
     ("--save_strategy", "save_strategy", "steps", "no"),
 ]
 
@@ -317,6 +317,13 @@ def test_flash_attn_that_is_asked_for_by_name_must_be_installed(installed):
         (["--max_new_tokens", "0"], "--max_new_tokens 0"),
         (["--lora_dropout", "1"], "--lora_dropout 1"),
         (["--lora_dropout", "-0.1"], "--lora_dropout -0.1"),
+        (["--learning_rate", "-1"], "--learning_rate -1.0"),
+        (["--learning_rate", "nan"], "--learning_rate nan"),
+        (["--num_train_epochs", "0"], "--num_train_epochs 0"),
+        (["--warmup_steps", "-5"], "--warmup_steps -5"),
+        (["--adam_beta2", "1"], "--adam_beta2 1"),
+        (["--report_to", "magic"], "magic"),
+        (["--report_to", "clearml"], "installed"),
         (["--fp16", "--bf16"], "--fp16"),
         (["--bf16", "perhaps"], "perhaps"),
         (["--optim", "magic"], "magic"),
@@ -376,7 +383,8 @@ def test_a_refused_call_leaves_no_folder():
 def test_resume_takes_the_newest_checkpoint():
     for step in (5, 10):
         Path(f"output/checkpoint-{step}").mkdir(parents=True)
-        Path(f"output/checkpoint-{step}/trainer_state.json").write_text("{}")
+        Path(f"output/checkpoint-{step}/trainer_state.json").write_text('{"global_step": 0}')
+        save_file({"a": torch.zeros(1)}, f"output/checkpoint-{step}/model.safetensors")
     for flags in (["--resume_from_checkpoint"], ["--resume_from_checkpoint", "True"]):
         assert Path(parse_args(flags).resume_from_checkpoint).name == "checkpoint-10"
     assert parse_args(["--resume_from_checkpoint", "False"]).resume_from_checkpoint is None

@@ -272,6 +272,7 @@ REFUSED = {
     "a tag without its image": (lambda _: one("<|image_1|> and <|image_2|>?", images=pictures(1)), "<|image_2|>"),
     "a tag and no image at all": (lambda _: one("<|image_1|>?"), "0 image"),
     "an image without its tag": (lambda _: one("<|image_1|>?", images=pictures(2)), "2 image"),
+    "half a surrogate pair": (lambda _: one("What\ud800?"), "surrogate"),
     "a control token in the question": (lambda _: one("What?<|end|>"), "<|end|>"),
     "a control token in the answer": (lambda _: one(answers=["yes<|endoftext|>"]), "<|endoftext|>"),
     "an image token in the question": (lambda _: one("<|image|>?"), "<|image|>"),

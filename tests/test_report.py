@@ -147,6 +147,12 @@ def test_curves_of_a_run_that_never_logged_a_gradient_norm(keys):
     assert plot_curves([{key: 1.0 for key in keys}])
 
 
+def test_rows_that_share_an_id_keep_their_own_answers(tmp_path):
+    shared = rows(1, answer="first answer") + rows(1, answer="second answer")
+    page = write(tmp_path, shared)
+    assert page.index("first answer") < page.index("second answer")
+
+
 def test_a_long_evaluation_shows_its_first_rows(tmp_path):
     text = write(tmp_path, rows(MAX_ROWS + 3))
     assert f"Predictions ({MAX_ROWS} of {MAX_ROWS + 3})" in text

@@ -24,12 +24,26 @@ def test_read_jsonl_skips_empty_lines(tmp_path):
         (b'{"a": 1}\n"text"\n', r"rows.jsonl:2: expected a JSON object, found str"),
         (b'{"a": 1}{"a": 2}\n', r"rows.jsonl:1: expected a JSON object"),
         (b"[" * 100_000 + b"\n", r"rows.jsonl:1: expected a JSON object"),
+        (b'{"a": ' + b"1" * 5_000 + b"}\n", r"rows.jsonl:1: expected a JSON object, found: .*digits"),
         (b'{"a": "\xff"}\n', r"rows.jsonl: expected UTF-8 text, found .* at byte 7"),
         (b'\xef\xbb\xbf{"a": 1}\n', r"rows.jsonl:1: .*BOM"),
         (b'{"a": 1}\n{"image": 3}\n', r"rows.jsonl:2: expected an image path, found 3"),
+        (rb'{"image": "\ud800"}', r"rows.jsonl:1: expected an image path"),
         (b"\n \n", r"rows.jsonl: expected at least one row, found none"),
     ],
-    ids=["broken", "a list", "a text", "two in a line", "deep", "Latin-1", "byte order mark", "image", "empty"],
+    ids=[
+        "broken",
+        "a list",
+        "a text",
+        "two in a line",
+        "deep",
+        "digits",
+        "Latin-1",
+        "byte order mark",
+        "image",
+        "half a surrogate pair",
+        "empty",
+    ],
 )
 def test_read_jsonl_names_file_and_line(content, found, tmp_path):
     (tmp_path / "rows.jsonl").write_bytes(content)
@@ -56,7 +70,9 @@ def test_image_paths_are_relative_to_the_file(tmp_path):
     assert converted["conversations"][0]["images"] == [str(tmp_path / "images" / path) for path in turn["images"]]
 
 
-@pytest.mark.parametrize("path", ["../secret.png", "/etc/passwd", "images/../../secret.png", "link/secret.png", ""])
+@pytest.mark.parametrize(
+    "path", ["../secret.png", "/etc/passwd", "images/../../secret.png", "link/secret.png", "", "a\0b", "."]
+)
 def test_an_image_path_that_leaves_the_folder_is_refused(path, tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "link").symlink_to(tmp_path)

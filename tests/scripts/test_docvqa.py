@@ -8,14 +8,16 @@ from pathlib import Path
 
 import pytest
 import recipe
+import tiny
 import torch
-from launch import Run, torchrun
+from launch import Run, python, several, torchrun
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoProcessor, BitsAndBytesConfig
+from transformers import AutoProcessor
 
 from finetuning.metrics import anls
+from finetuning.strategy import nf4
 from phi3v import Phi3VForCausalLM
 
 LAST_CLIP_LAYER = re.compile(r"vision_model\.(encoder\.layers\.2\.|post_layernorm)")  # tiny.py's tower has 3 layers
@@ -112,6 +114,11 @@ def test_the_run_says_what_it_trains(trained, strategy):
     assert text.count("after training: anls") == 1
 
 
+def test_a_run_on_the_cpu_compiles_nothing(trained):
+    # On first use for minutes; killed meanwhile, it leaves a lock for which every later run waits in silence.
+    assert "deepspeed_shm_comm" not in trained("full").stdout
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_the_loss_falls(trained, strategy):
     logs = trained(strategy).logs
@@ -150,15 +157,7 @@ def reloaded(strategy: str, run: Run, base: Path):
     """The result as a user loads it, in three lines; QLoRA's base quantised as it was in training."""
     if strategy not in ADAPTERS:
         return Phi3VForCausalLM.from_pretrained(run.output)
-    quantization = None
-    if strategy == "qlora":
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.float32,
-            llm_int8_skip_modules=["model.vision_embed_tokens", "lm_head"],
-        )
+    quantization = nf4(torch.float32) if strategy == "qlora" else None
     model = Phi3VForCausalLM.from_pretrained(base, quantization_config=quantization)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -209,7 +208,7 @@ def test_all_strategies_begin_with_the_same_model(trained):
 # ---- resuming
 
 
-@pytest.mark.parametrize("strategy", ["full"])
+@pytest.mark.parametrize("strategy", ["full", "lora"])
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(trained, folder, flags, strategy):
     # As a run that stopped after step 3, in the middle of an epoch, has left its folder.
     whole = trained(strategy)
@@ -231,3 +230,233 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(trained, folder, flags, str
     assert resumed.evaluation("before") == whole.evaluation("before")
     assert resumed.evaluation("after")["generated_texts_unique"] == whole.evaluation("after")["generated_texts_unique"]
     assert "before training" not in resumed.stdout
+
+
+# ---- calls of one process
+
+
+@pytest.fixture(scope="session")
+def alone(folder, flags) -> dict[str, Run]:
+    """Runs on one process, by what is special about them."""
+    home = folder / "alone"
+    home.mkdir()
+    zero2 = str(Path(__file__).parents[2] / "ds_configs" / "zero2.json")
+    no_dropout = [*STRATEGIES["lora"], "--lora_dropout", "0"]
+    calls = {
+        "accumulation 4": [],
+        "micro-batch 4": ["--batch_size_per_gpu", "4"],
+        "micro-batch 2": ["--batch_size_per_gpu", "2"],
+        "padding-free": ["--batch_size_per_gpu", "4", "--padding_free"],
+        "eager": ["--attn_implementation", "eager"],
+        "no recomputation": ["--activation_checkpointing", "False"],
+        "lora": no_dropout,
+        "lora under ZeRO-2": [*no_dropout, "--deepspeed", zero2],
+        "lora, frozen vision": [*no_dropout, "--freeze_vision_model"],
+        "qlora": STRATEGIES["qlora"],
+        "full in bf16": ["--bf16"],
+        "lora in bf16": [*no_dropout, "--bf16"],
+        "qlora in bf16": [*STRATEGIES["qlora"], "--bf16"],
+        "no evaluation": ["--eval_size", "0", "--max_steps", "1"],
+        "two answers": ["--eval_size", "2", "--max_steps", "1", "--use_lora", "--lora_rank", "2"],
+    }
+    runs = several({name: [*flags, *more] for name, more in calls.items()}, home)
+    for name, run in runs.items():
+        assert run.status == 0, f"{name}: {run.stderr}"
+    return runs
+
+
+@pytest.mark.parametrize(
+    "name", ["accumulation 4", "micro-batch 4", "micro-batch 2", "padding-free", "eager", "no recomputation"]
+)
+def test_losses_are_equal_however_the_batch_is_split(trained, alone, name):
+    # against two processes with accumulation 2
+    assert alone[name].losses == pytest.approx(trained("full").losses, abs=1e-5)
+
+
+def test_lora_does_the_same_under_zero2(alone):
+    assert alone["lora under ZeRO-2"].losses == pytest.approx(alone["lora"].losses, abs=1e-5)
+    assert "DeepSpeed" in alone["lora under ZeRO-2"].stdout
+    assert weights(alone["lora under ZeRO-2"].output).keys() == weights(alone["lora"].output).keys()
+
+
+def test_qlora_does_the_same_on_one_process(trained, alone):
+    assert alone["qlora"].losses == pytest.approx(trained("qlora").losses, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "reference"), [("full in bf16", "accumulation 4"), ("lora in bf16", "lora"), ("qlora in bf16", "qlora")]
+)
+def test_bfloat16_follows_float32(alone, name, reference):
+    assert alone[name].losses == pytest.approx(alone[reference].losses, rel=0.1)
+    dtypes = {tensor.dtype for tensor in weights(alone[name].output).values()}
+    # the adapters' own weights stay in float32
+    assert dtypes == {torch.bfloat16 if name.startswith("full") else torch.float32}
+
+
+def test_frozen_vision_has_no_adapters_there(alone):
+    names = weights(alone["lora, frozen vision"].output)
+    assert names
+    assert not any("vision_embed_tokens" in name for name in names)
+
+
+def test_the_number_of_answers_can_be_limited(alone):
+    assert alone["two answers"].evaluation("after")["num_answers"] == 2
+    assert not (alone["no evaluation"].output / "eval_after.json").exists()
+    assert (alone["no evaluation"].output / "report.html").exists()
+
+
+# ---- bad calls
+
+
+def edited(data: Path, folder: Path, line: int, **changes) -> Path:
+    """A copy of the data in which one row has other fields; None leaves a field out."""
+    lines = (data / "rows.jsonl").read_text().splitlines()
+    row = {**json.loads(lines[line]), **changes}
+    lines[line] = json.dumps({name: value for name, value in row.items() if value is not None})
+    return with_lines(data, folder, lines)
+
+
+def with_lines(data: Path, folder: Path, lines: list[str]) -> Path:
+    shutil.copytree(data / "images", folder / "images")
+    (folder / "rows.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bad(folder, base, data) -> dict[str, Run]:
+    """Bad calls, with a model that has no weights: what is refused must be refused before it is loaded."""
+    home = folder / "bad"
+    home.mkdir()
+    hollow = shutil.copytree(base, home / "hollow", ignore=shutil.ignore_patterns("*.safetensors"))
+    lines = (data / "rows.jsonl").read_text().splitlines()
+    broken = with_lines(data, home / "broken", [*lines[:2], lines[2][:-5], *lines[3:]])
+    unreadable = edited(data, home / "unreadable", 3, image="images/notes.png")
+    (unreadable / "images" / "notes.png").write_text("no image")
+    regular_file = home / "file"
+    regular_file.write_text("")
+    rows = {
+        "missing image": edited(data, home / "missing", 4, image="images/gone.png"),
+        "missing image to answer": edited(data, home / "missing-test", 11, image="images/gone.png"),
+        "unreadable image": unreadable,
+        "image outside the folder": edited(data, home / "outside", 4, image="../model/config.json"),
+        "tag without image": edited(data, home / "tag", 4, query={"en": "Is it <|image_2|>?"}),
+        "control token": edited(data, home / "control", 4, query={"en": "Is it?<|end|>"}),
+        "no answers field": edited(data, home / "no-answers", 4, answers=None),
+        "empty answers": edited(data, home / "empty-answers", 4, answers=[]),
+        "answers as one text": edited(data, home / "text-answers", 4, answers="4711"),
+        "no question": edited(data, home / "no-query", 4, query=None),
+        "question as text": edited(data, home / "text-query", 4, query="What?"),
+        "no image field": edited(data, home / "no-image", 4, image=None),
+        "no id": edited(data, home / "no-id", 4, id=None, image="images/gone.png"),
+        "no test rows": with_lines(data, home / "no-test", lines[:TRAIN_ROWS]),
+        "broken line": broken,
+    }
+    # A file that ends early is met when it is read, after the model was loaded; also by a worker process.
+    cut = edited(data, home / "cut", 4, image="images/cut.jpg")
+    tiny.picture(300, 200).save(cut / "images" / "cut.jpg")
+    content = (cut / "images" / "cut.jpg").read_bytes()
+    (cut / "images" / "cut.jpg").write_bytes(content[: len(content) // 2])
+    training = ["--model_name_or_path", str(base), "--data_dir", str(cut), "--use_lora", "--eval_size", "0"]
+    good = ["--data_dir", str(data)]
+    (home / "no-checkpoint" / "checkpoint-2").mkdir(parents=True)
+    shutil.copytree(base, home / "full-checkpoint" / "checkpoint-2")
+    (home / "full-checkpoint" / "checkpoint-2" / "trainer_state.json").write_text('{"global_step": 2}')
+    calls = {
+        **{name: ["--data_dir", str(path)] for name, path in rows.items()},
+        "bf16 and fp16": [*good, "--bf16", "--fp16"],
+        "flash attention on the CPU": [*good, "--use_flash_attention"],
+        "data folder and full train": [*good, "--full_train"],
+        "missing data folder": ["--data_dir", str(home / "nowhere")],
+        "too long": [*good, "--max_length", "30"],
+        "num_crops 17": [*good, "--num_crops", "17"],
+        "batch not divisible": [*good, "--batch_size", "5", "--batch_size_per_gpu", "2"],
+        "output below a file": [*good, "--output_dir", str(regular_file / "out")],
+        "nothing to resume": [*good, "--resume_from_checkpoint"],
+        "resume from an unfinished checkpoint": [
+            *good,
+            "--resume_from_checkpoint",
+            str(home / "no-checkpoint" / "checkpoint-2"),
+        ],
+        "resume LoRA from a full checkpoint": [
+            *good,
+            "--use_lora",
+            "--resume_from_checkpoint",
+            str(home / "full-checkpoint" / "checkpoint-2"),
+        ],
+        "unknown flag": [*good, "--use_lorra"],
+        "wrong model": [*good, "--model_name_or_path", str(data)],
+        "no weights": good,
+        "truncated image": training,
+        "truncated image, read by a worker": [*training, "--dataloader_num_workers", "1"],
+    }  # fmt: skip
+    return several(
+        {name: ["--model_name_or_path", str(hollow), *SMALL_RUN, *more] for name, more in calls.items()}, home
+    )
+
+
+BAD = {
+    "missing image": ["page-4", "gone.png"],
+    "missing image to answer": ["page-11", "gone.png"],
+    "unreadable image": ["page-3", "notes.png"],
+    "image outside the folder": ["rows.jsonl:5", "config.json"],
+    "tag without image": ["page-4", "<|image_2|>"],
+    "control token": ["page-4", "<|end|>"],
+    "no answers field": ["page-4", "answers"],
+    "empty answers": ["page-4", "at least one answer"],
+    "answers as one text": ["page-4", "4711"],
+    "no question": ["page-4", "query"],
+    "question as text": ["page-4"],
+    "no image field": ["page-4", "image"],
+    "no id": ["row 5"],
+    "no test rows": ["rows.jsonl", '"split": "test'],
+    "broken line": ["rows.jsonl:3"],
+    "bf16 and fp16": ["--bf16", "--fp16"],
+    "flash attention on the CPU": ["CPU", "sdpa"],
+    "data folder and full train": ["--full_train", "--data_dir"],
+    "missing data folder": ["nowhere"],
+    "too long": ["page-0", "30", "--max_length"],
+    "num_crops 17": ["--num_crops 17", "1 to 16"],
+    "batch not divisible": ["--batch_size 5", "multiple of 2"],
+    "output below a file": ["--output_dir", "Not a directory"],
+    "nothing to resume": ["checkpoint"],
+    "resume from an unfinished checkpoint": ["checkpoint-2"],
+    "resume LoRA from a full checkpoint": ["checkpoint-2", "adapter"],
+    "unknown flag": ["--use_lorra"],
+    "wrong model": ["config.json"],
+    "no weights": ["weights", "hollow"],
+    "truncated image": ["page-4", "cut.jpg"],
+    "truncated image, read by a worker": ["page-4", "cut.jpg"],
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_call_ends_with_one_line_before_the_model_is_loaded(bad, name):
+    run = bad[name]
+    assert run.status == 2, run.stderr
+    (line,) = run.errors
+    for part in BAD[name]:
+        assert part in line
+    assert "Traceback" not in run.stderr
+    # had it come so far, it would have missed the weights
+    assert ("expected weights" in line) == (name == "no weights")
+
+
+def test_every_bad_call_is_checked(bad):
+    assert bad.keys() == BAD.keys()
+
+
+def test_a_bad_call_by_plain_python(folder, base, data):
+    run = python(folder / "python", "--model_name_or_path", str(base), "--data_dir", str(data), "--num_crops", "0")
+    assert run.status == 2
+    assert run.errors == ["error: --num_crops 0: expected a whole number from 1 to 16"]
+    assert run.stdout == ""
+    assert not run.output.exists()
+
+
+def test_two_processes_say_it_once(folder, base, data):
+    missing = edited(data, folder / "missing-under-torchrun", 5, image="images/gone.png")
+    run = torchrun(folder / "said-once", "--model_name_or_path", str(base), "--data_dir", str(missing), *SMALL_RUN)
+    assert run.status != 0
+    (line,) = run.errors
+    assert "page-5" in line
+    assert "Writing" not in run.stdout
