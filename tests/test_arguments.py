@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import recipe
 import torch
+from safetensors.torch import save_file
 from transformers import TrainingArguments
 
 from finetuning.arguments import GROUPS, ZERO2, RecipeArguments, parse_args
