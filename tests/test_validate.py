@@ -13,7 +13,7 @@ from PIL import ExifTags, Image
 from recipe import write_jsonl
 from transformers import AutoTokenizer
 
-from finetuning import validate
+from finetuning import formats, validate
 from finetuning.conversation import count_tokens, encode_conversation, from_jsonl, to_messages
 from finetuning.rows import read_jsonl, read_splits
 from phi3v import Phi3VImageProcessor, Phi3VProcessor
@@ -215,7 +215,7 @@ FAULTS = [
     (row("f19", ["a.png", "b.png"], user="<|image_1|>?"), "<|image_1|> for 2 image(s): expected <|image_1|> to <|image_2|>"),
     (row("f20", ["a.png"], assistant="<|image_1|>"), "sample f20, turn 1: expected image tags in user texts only"),
     (row("f21", user="a<|end|>b"), "sample f21, turn 1: expected plain text, found the control token <|end|>; remove it"),
-    (row("f22", assistant="\ud800"), "sample f22: expected text, found half a character, '\\ud800'"),
+    (row("f22", assistant="\ud800"), "sample f22, turn 1: expected Unicode text, found half a surrogate pair in '\\ud800'"),
     (row("good-0"), "sample good-0: expected an id of its own, found that of train.jsonl:2"),
     (row("f24", user=LONG), "sample f24: expected at most 900 tokens, found 2"),
 ]  # fmt: skip
@@ -505,8 +505,8 @@ def test_nothing_is_left_of_a_conversion_that_fails(good, model, tmp_path_factor
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(validate.os, "link", full)
-        patch.setattr(validate.shutil, "copy2", full)
+        patch.setattr(formats.os, "link", full)
+        patch.setattr(formats.shutil, "copy2", full)
         assert validate.main(flags) == 2
     assert f"--convert {out}: expected a folder to write to, found: No space left" in capsys.readouterr().err
     assert list(out.parent.iterdir()) == []
