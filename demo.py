@@ -11,13 +11,10 @@ Nothing in it is special: the classes, files and special tokens are those of the
 import argparse
 import json
 import os
-import platform
 import random
 import shlex
 import subprocess
 import sys
-import time
-from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -281,7 +278,6 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out_dir", type=Path, nargs="?", default=Path("demo_output"), help="folder for everything")
     parser.add_argument("--strategy", choices=STRATEGIES, default="full")
-    parser.add_argument("--record", type=Path, help="json file to write the scores and the machine to")
     args = parser.parse_args(arguments)
     out_dir = args.out_dir.resolve()
     if not (out_dir / "model" / "config.json").exists():
@@ -291,21 +287,8 @@ def main(arguments: list[str]) -> None:
         build_data(out_dir / "data.partial").rename(out_dir / "data")
     print(f"tiny Phi-3.5-vision with random weights: {out_dir / 'model'}")
     print(f"4,000 pages to learn from, 200 to be asked about: {out_dir / 'data'}")
-    start = time.monotonic()
     output = fine_tune(out_dir, args.strategy)
     scores = {stage: json.loads((output / f"eval_{stage}.json").read_text())["anls"] for stage in ("before", "after")}
-    if args.record:
-        record = json.loads(args.record.read_text()) if args.record.exists() else {}
-        history = json.loads((output / "trainer_state.json").read_text())["log_history"]
-        record[args.strategy] = {
-            **{f"anls_{stage}": round(score, 4) for stage, score in scores.items()},
-            "train_seconds": next(entry["train_runtime"] for entry in history if "train_runtime" in entry),
-            "whole_run_seconds": round(time.monotonic() - start),
-            "date": date.today().isoformat(),
-            "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}, Python {platform.python_version()}",
-        }
-        args.record.parent.mkdir(parents=True, exist_ok=True)
-        args.record.write_text(json.dumps(record, indent=1) + "\n")
     print(f"""
 ANLS on pages it has not seen: {scores["before"]:.2f} before, {scores["after"]:.2f} after.
 Look at {output / "report.html"} and {output / "curves.png"}; every answer is in predictions.jsonl beside them.

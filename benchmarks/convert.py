@@ -12,10 +12,6 @@ second that passed; medians over the rounds. Written: benchmarks/results/convert
 """
 
 import argparse
-import datetime
-import json
-import os
-import platform
 import resource
 import shutil
 import statistics
@@ -28,13 +24,13 @@ from pathlib import Path
 
 import av
 import numpy as np
-import PIL
 from PIL import Image
 
 from convert_ucf101 import VIDEO, frame_indices
 from finetuning.errors import InputError, run
 
-ROOT = Path(__file__).parents[1]
+from .record import RESULTS, ROOT, provenance, write
+
 NUM_FRAMES = 8
 
 
@@ -90,11 +86,6 @@ def measure(job: Callable[[Path, Path], None], video_dir: Path) -> tuple[float, 
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, passed, images
 
 
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
 def benchmark(video_dir: Path, rounds: int) -> dict:
     """Runs both, in turns so that a busy machine slows both; returns what the result file holds."""
     jobs = {"convert_ucf101.py": run_ours, "ffmpeg": run_ffmpeg}
@@ -115,9 +106,7 @@ def benchmark(video_dir: Path, rounds: int) -> dict:
             "images": measured[0][2],
         }
     result = {
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{processor()}, {os.cpu_count()} cores, {platform.system()}",
-        "versions": {"python": platform.python_version(), "av": av.__version__, "pillow": PIL.__version__},
+        **provenance("av", "pillow"),
         "clips": len(clips),
         "rounds": rounds,
         "speeds": speeds,
@@ -134,7 +123,7 @@ def main() -> None:
     parser.add_argument("--video_dir", type=Path, help="clips to measure on, laid out as for convert_ucf101.py")
     parser.add_argument("--clips", type=int, default=36, help="clips to make without --video_dir (36)")
     parser.add_argument("--rounds", type=int, default=3, help="rounds (3)")
-    parser.add_argument("--result", type=Path, default=ROOT / "benchmarks/results/convert.json", help="file to write")
+    parser.add_argument("--result", type=Path, default=RESULTS / "convert.json", help="file to write")
     args = parser.parse_args()
     if args.video_dir and not find_videos(args.video_dir):
         raise InputError(f"--video_dir {args.video_dir}: expected videos in class folders, found none; check the path")
@@ -152,8 +141,7 @@ def main() -> None:
         print(f"{name:20} {cpu:20.2f} {passed:16.2f} {images:8}")
     if "ffmpeg" in result["speeds"]:
         print(f"{'ratio':20} {result['ratio_clips_per_cpu_second']:20.2f} {result['ratio_clips_per_second']:16.2f}")
-    args.result.parent.mkdir(parents=True, exist_ok=True)
-    args.result.write_text(json.dumps(result, indent=1) + "\n")
+    write(args.result, result)
     print(f"{result['clips']} clips, {result['machine']} -> {args.result}")
 
 

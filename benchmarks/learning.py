@@ -24,10 +24,8 @@ Units: accuracy and AUROC, 0 to 1; seconds that passed. Written: benchmarks/resu
 """
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import random
 import re
 import statistics
@@ -39,7 +37,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.metadata import version
 from itertools import cycle, islice, product
 from pathlib import Path
 
@@ -57,9 +54,8 @@ from finetuning.errors import InputError, run
 from finetuning.rows import read_splits
 from phi3v import Phi3VForCausalLM, Phi3VProcessor
 
-from .convert import processor as cpu_name
+from .record import RESULTS, ROOT, provenance, write
 
-ROOT = Path(__file__).parents[1]
 SIDE = 56  # pixels of a picture, which is one crop of 2 x 2 image tokens
 COLOURS = {"red": (220, 30, 30), "green": (20, 160, 40), "blue": (40, 60, 230)}
 SHAPES = ("square", "disc", "cross")
@@ -279,7 +275,7 @@ def learn(name: str, out_dir: Path, seed: int) -> dict:
         measured = {key: value for key, value in evaluation.items() if isinstance(value, float) and key != "seconds"}
         figures[stage] = {key: round(value, 4) for key, value in measured.items()}
     return {
-        **machine(),
+        **provenance("torch", "transformers", "accelerate", "deepspeed", "av", "pillow"),
         "script": script,
         "seed": seed,
         "train_rows": task.train_rows,
@@ -305,26 +301,12 @@ def mean_tokens(folder: Path, held_out: str) -> float:
     return round(statistics.mean(count_tokens(to_conversation(row), processor) for row in rows), 1)
 
 
-def machine() -> dict:
-    """What the figures were measured with."""
-    git = ["git", "-C", str(ROOT)]
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True).stdout.strip()
-    libraries = ("torch", "transformers", "accelerate", "deepspeed", "av", "pillow")
-    return {
-        "date": datetime.date.today().isoformat(),
-        "commit": (commit or "unknown") + (" with changes" if changed else ""),
-        "machine": f"{cpu_name()}, {len(os.sched_getaffinity(0))} cores, {platform.system()}",
-        "versions": {"python": platform.python_version()} | {library: version(library) for library in libraries},
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=(*TASKS, "all"), default="all", help="recipe to run (all)")
     parser.add_argument("--out_dir", type=Path, help="folder to keep data, models and runs in (default: not kept)")
     parser.add_argument("--seed", type=int, default=0, help="of the data, the weights and the order of rows (0)")
-    parser.add_argument("--result", type=Path, default=ROOT / "benchmarks/results/learning.json", help="file to write")
+    parser.add_argument("--result", type=Path, default=RESULTS / "learning.json", help="file to write")
     args = parser.parse_args()
     names = list(TASKS) if args.task == "all" else [args.task]
     # Tasks that are not run now keep what they had.
@@ -345,8 +327,7 @@ def main() -> None:
                         f"{seconds['data'] + seconds['script']:8.1f}  {metric}",
                         flush=True,
                     )
-    args.result.parent.mkdir(parents=True, exist_ok=True)
-    args.result.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write(args.result, result)
     print(f"{found['machine']} -> {args.result}")
 
 

@@ -37,7 +37,17 @@ from .formats import SPLITS, Fault, Sample, convert, find_files, image_name, rea
 BATCH = 1000  # samples checked together: images by all cores, texts by one call of the tokenizer
 PERCENTILES = {"p50": 50, "p95": 95, "p99": 99, "max": 100}
 # Control tokens of the official tokenizer, for where it cannot be loaded.
-CONTROL_TOKENS = ["<unk>", "<s>", "</s>", "<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|image|>"]
+CONTROL_TOKENS = [
+    "<unk>",
+    "<s>",
+    "</s>",
+    "<|endoftext|>",
+    "<|system|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|end|>",
+    "<|image|>",
+]
 
 
 @dataclass(slots=True)

@@ -1,16 +1,11 @@
-"""What all tests share: the import path, two threads, and the table of deviations from the official code."""
+"""What all tests share: two threads, and the table of deviations from the official code."""
 
-import json
-import os
-import platform
-import sys
-from datetime import date
 from pathlib import Path
 
 import torch
 
-# The project is run from its folder, not installed.
-sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.record import provenance, write
+
 # As many as the golden numbers were recorded with; more would only make the tests slower on a shared machine.
 torch.set_num_threads(2)
 
@@ -39,6 +34,4 @@ def pytest_terminal_summary(terminalreporter, config):
         figures = f"{values:8}  {worst[quantity]['largest']:8.1e}  {worst[quantity]['bound']:8.1e}"
         terminalreporter.line(f"{quantity:32} {figures}  {worst[quantity]['test']}")
     if path := config.getoption("--parity-results"):
-        machine = f"{os.cpu_count()} CPU cores, {platform.machine()}"
-        record = {"date": date.today().isoformat(), "machine": machine, "torch": torch.__version__, "deviations": worst}
-        Path(path).write_text(json.dumps(record, indent=1) + "\n")
+        write(Path(path), provenance("torch", "transformers") | {"deviations": worst})
