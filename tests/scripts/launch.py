@@ -14,8 +14,6 @@ from pathlib import Path
 from recipe import LAUNCHER
 
 ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "finetune_hf_trainer_docvqa.py"
-# Generous: the first run on a machine compiles an operation of DeepSpeed's.
 TIMEOUT = 600  # seconds
 
 
@@ -84,20 +82,24 @@ def call(command: list[str], output: Path) -> Run:
     return Run(output, done.returncode, done.stdout, done.stderr)
 
 
-def torchrun(output: Path, *flags: str, ranks: int = 2) -> Run:
-    """Runs the script under torchrun, with --output_dir `output`."""
+def script(task: str) -> str:
+    return str(ROOT / f"finetune_hf_trainer_{task}.py")
+
+
+def torchrun(output: Path, *flags: str, ranks: int = 2, task: str = "docvqa") -> Run:
+    """Runs a task's script under torchrun, with --output_dir `output`."""
     launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
     launcher += [f"--master_port={free_port()}"]
-    return call([*launcher, str(SCRIPT), "--output_dir", str(output), *flags], output)
+    return call([*launcher, script(task), "--output_dir", str(output), *flags], output)
 
 
 def python(output: Path, *flags: str) -> Run:
-    """Runs the script by plain python: one process."""
-    return call([sys.executable, str(SCRIPT), "--output_dir", str(output), *flags], output)
+    """Runs the DocVQA script by plain python: one process."""
+    return call([sys.executable, script("docvqa"), "--output_dir", str(output), *flags], output)
 
 
 def several(calls: dict[str, list[str]], folder: Path) -> dict[str, Run]:
-    """Runs the script once for each entry, one process each; name -> Run. Its --output_dir is `folder` / name, unless given."""
+    """Runs the DocVQA script once for each entry, one process each; name -> Run. Its --output_dir is `folder` / name, unless given."""
     listed, names = [], {name: re.sub(r"\W+", "-", name) for name in calls}
     assert len(set(names.values())) == len(calls)
     for name, flags in calls.items():
