@@ -14,9 +14,9 @@ curves.png, confusion.png, report.html, checkpoint-N/. `--help` lists all flags.
 """
 
 from sklearn.metrics import roc_auc_score
-from transformers import Trainer
 
 from finetuning.arguments import RecipeArguments, parse_args
+from finetuning.checkpoint import begin
 from finetuning.collator import DataCollatorForPhi3V
 from finetuning.conversation import Conversation, ConversationDataset, StartEpoch, Turn, from_jsonl
 from finetuning.errors import run
@@ -25,6 +25,7 @@ from finetuning.metrics import exact_match
 from finetuning.report import write_report
 from finetuning.rows import load_hub, read_splits, take
 from finetuning.strategy import GradientCheck, describe, load_model, load_processor
+from finetuning.trainer import RecipeTrainer
 
 PROMPT = 'The text in this meme is "{text}". Is the meme hateful?\nAnswer yes or no.'
 CHOICES = ["No.", "Yes."]
@@ -75,12 +76,13 @@ def main():
     eval_dataset = ConversationDataset(eval_rows, to_conversation, processor, args.max_length, args.seed)
     train_dataset.check()
     eval_dataset.check()
+    begin(args, train_dataset, eval_dataset)
 
     model = load_model(args)
     description = describe(model, args, train_dataset)
     if args.process_index == 0:
         print(description, flush=True)
-    trainer = Trainer(
+    trainer = RecipeTrainer(
         model=model,
         args=args,
         train_dataset=train_dataset,
@@ -89,8 +91,7 @@ def main():
         processing_class=processor,
         callbacks=[StartEpoch(), GradientCheck(model)],
     )
-    if not args.resume_from_checkpoint:
-        evaluate(model, processor, eval_rows, to_conversation, score, args, stage="before")
+    evaluate(model, processor, eval_rows, to_conversation, score, args, stage="before")
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
     trainer.save_state()

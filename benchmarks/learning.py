@@ -197,14 +197,14 @@ def _call(command: list[str], log: Path) -> None:
     """Runs a command of the repository, its output in a file.
 
     Raises:
-        InputError: if it fails, with the last lines of that file.
+        RuntimeError: if it fails, with the last lines of that file.
     """
     with open(log, "w", encoding="utf-8") as file:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         code = subprocess.run(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode
     if code:
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:]
-        raise InputError(
+        raise RuntimeError(
             "\n".join((f"{' '.join(command)}: expected exit status 0, found {code}; end of {log}:", *lines))
         )
 

@@ -4,6 +4,7 @@ import datetime
 import json
 import os
 import platform
+import shutil
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
@@ -15,19 +16,22 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 def provenance(*libraries: str) -> dict[str, Any]:
     """Date, commit, machine, and the versions of Python and of `libraries`."""
-    git = ["git", "-C", str(ROOT)]
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     # Results aside: a command that writes several would find its own.
-    status = [*git, "status", "--porcelain", "--", ".", ":!benchmarks/results"]
-    changed = subprocess.run(status, capture_output=True, text=True).stdout.strip()
+    status = _git("status", "--porcelain", "--", ".", ":!benchmarks/results")
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
     return {
         "date": datetime.date.today().isoformat(),
-        "commit": (commit or "unknown") + (" with changes" if changed else ""),
+        "commit": (_git("rev-parse", "HEAD") or "unknown") + (" with changes" if status else ""),
         "machine": f"{cpu}, {len(os.sched_getaffinity(0))} cores, {platform.system()}",
         "versions": {"python": platform.python_version()} | {library: version(library) for library in libraries},
     }
+
+
+def _git(*arguments: str) -> str:
+    if shutil.which("git") is None:
+        return ""
+    return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True).stdout.strip()
 
 
 def write(path: Path, result: dict[str, Any]) -> None:

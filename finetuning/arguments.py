@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import get_type_hints
 
 import torch
+from PIL import Image
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import HfArg
 from transformers.integrations.integration_utils import get_available_reporting_integrations
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
-from .checkpoint import check_checkpoint
 from .errors import InputError
 
 ZERO2 = Path(__file__).parents[1] / "ds_configs" / "zero2.json"
@@ -27,7 +26,7 @@ ZERO2 = Path(__file__).parents[1] / "ds_configs" / "zero2.json"
 GROUPS = {
     "model": ["model_name_or_path", "attn_implementation", "use_flash_attention", "bf16", "fp16"],
     "strategy": ["freeze_vision_model", "use_lora", "use_qlora", "lora_rank", "lora_alpha_ratio", "lora_dropout", "deepspeed"],
-    "data": ["data_dir", "full_train", "num_crops", "max_length", "padding_free"],
+    "data": ["data_dir", "full_train", "num_crops", "max_image_pixels", "max_length", "padding_free"],
     "optimisation": [
         "batch_size",
         "per_device_train_batch_size",
@@ -41,7 +40,7 @@ GROUPS = {
         "max_grad_norm",
     ],
     "evaluation": ["eval_split", "eval_size", "per_device_eval_batch_size", "max_new_tokens"],
-    "output": ["output_dir", "save_steps", "save_total_limit", "resume_from_checkpoint", "disable_tqdm"],
+    "output": ["output_dir", "save_steps", "save_total_limit", "resume_from_checkpoint", "overwrite_output_dir", "on_nonfinite", "disable_tqdm"],
 }  # fmt: skip
 OTHER = "Hugging Face TrainingArguments"
 
@@ -83,6 +82,9 @@ class RecipeArguments(TrainingArguments):
 
     data_dir: str | None = HfArg(default=None, help="folder with your own data instead of the data set on the hub")
     full_train: bool = _switch(False, "train on the whole data set instead of the small split (DocVQA)")
+    max_image_pixels: int = HfArg(
+        default=180_000_000, help="largest image that is decoded, in pixels: a small file may hold a huge one"
+    )
     num_crops: int = HfArg(default=16, help="most crops of 336 x 336 pixels an image is cut into, 1 to 16")
     max_length: int | None = HfArg(
         default=None,
@@ -124,8 +126,17 @@ class RecipeArguments(TrainingArguments):
     save_total_limit: int | None = HfArg(default=2, help="newest checkpoints that are kept")
     resume_from_checkpoint: str | None = HfArg(
         default=None,
-        help="go on from this checkpoint folder; given alone or as True: from the newest in output_dir",
+        help="go on from this checkpoint folder; given alone or as True: from the newest in output_dir, as a command that is "
+        "started again does by itself",
         metadata={"nargs": "?", "const": "True"},
+    )
+    overwrite_output_dir: bool = _switch(
+        False, "start afresh where output_dir holds a run; its checkpoints are removed"
+    )
+    on_nonfinite: str = HfArg(
+        default="stop",
+        help="when a loss or gradient is not finite: stop, or skip the step (and stop after 10 in a row)",
+        metadata={"choices": ["stop", "skip"]},
     )
     disable_tqdm: bool = _switch(False, "no progress bars", aliases=["--no-tqdm", "--no_tqdm"])
 
@@ -148,6 +159,8 @@ class RecipeArguments(TrainingArguments):
 
     def __post_init__(self):
         self._check_values()
+        # Pillow keeps it; workers inherit it.
+        Image.MAX_IMAGE_PIXELS = self.max_image_pixels
         self._settle_batch()
         self._settle_strategy()
         self._check_output_dir()
@@ -191,6 +204,7 @@ class RecipeArguments(TrainingArguments):
             "lora_rank": 1,
             "max_new_tokens": 1,
             "max_length": 1,
+            "max_image_pixels": 1,
             "eval_size": 0,
             "dataloader_num_workers": 0,
             "learning_rate": 0,
@@ -332,18 +346,16 @@ class RecipeArguments(TrainingArguments):
             raise InputError(
                 f"--output_dir {self.output_dir}: expected a folder to write to, found: {error.strerror}"
             ) from error
-        if self.resume_from_checkpoint in ("False", "false"):
-            self.resume_from_checkpoint = None
-        if self.resume_from_checkpoint in ("True", "true"):
-            self.resume_from_checkpoint = get_last_checkpoint(self.output_dir)
-            if self.resume_from_checkpoint is None:
-                raise InputError(
-                    f"--resume_from_checkpoint: expected a folder checkpoint-N in {self.output_dir}, found none"
-                )
-        if self.resume_from_checkpoint is not None and not os.path.isdir(self.resume_from_checkpoint):
+        if str(self.resume_from_checkpoint).lower() == "false":
+            raise InputError(
+                "--resume_from_checkpoint False: expected a folder or True; --overwrite_output_dir starts afresh"
+            )
+        if str(self.resume_from_checkpoint).lower() == "true":
+            self.resume_from_checkpoint = "True"
+        elif self.resume_from_checkpoint is not None and not os.path.isdir(self.resume_from_checkpoint):
             raise InputError(f"--resume_from_checkpoint {self.resume_from_checkpoint}: no such folder")
-        if self.resume_from_checkpoint is not None:
-            check_checkpoint(Path(self.resume_from_checkpoint), self.use_lora)
+        if self.resume_from_checkpoint is not None and self.overwrite_output_dir:
+            raise InputError("--resume_from_checkpoint with --overwrite_output_dir: expected one of them")
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):

@@ -27,13 +27,15 @@ class DataCollatorForPhi3V:
         Returns:
             dict: input_ids and labels, int64, (B, N), with attention_mask; or, padding-free, (1, sum of the lengths) with
             position_ids and what variable-length attention kernels read (cu_seq_lens_q/k, max_length_q/k). With images,
-            pixel_values (all crops, 3, crop size, crop size) and image_sizes (all images, 2).
+            pixel_values (all crops, 3, crop size, crop size) and image_sizes (all images, 2). `ids`, the samples' ids.
         """
         batch = self._join(features) if self.padding_free else self._pad(features)
         with_images = [feature for feature in features if "pixel_values" in feature]
         if with_images:
             batch["pixel_values"] = torch.cat([feature["pixel_values"] for feature in with_images])
             batch["image_sizes"] = torch.cat([feature["image_sizes"] for feature in with_images])
+        # For messages; `RecipeTrainer` takes them out before the model sees the batch.
+        batch["ids"] = [feature["id"] for feature in features]
         return batch
 
     def _pad(self, features) -> dict[str, Any]:

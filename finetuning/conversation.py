@@ -2,15 +2,17 @@
 
 import io
 import random
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from PIL import ExifTags, Image, ImageOps
-from transformers import TrainerCallback
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.image_processing_base import BatchFeature
 
 from phi3v import Phi3VProcessor
@@ -92,11 +94,19 @@ def open_image(source) -> Image.Image:
     else:
         name = source
     try:
-        return Image.open(source)
+        with warnings.catch_warnings():
+            # Pillow's warning at this size is an error here, at twice the size it is one anyway.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(source)
     except FileNotFoundError:
         raise InputError(f"{name}: expected an image file, found no such file") from None
     except (OSError, ValueError, TypeError, AttributeError, Image.DecompressionBombError) as error:
         raise InputError(f"{name}: expected an image, found: {error}") from None
+    if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+        raise InputError(
+            f"{name}: expected at most {Image.MAX_IMAGE_PIXELS} pixels (--max_image_pixels), found {image.width} x {image.height}"
+        )
+    return image
 
 
 def image_size(source) -> tuple[int, int]:
@@ -194,21 +204,21 @@ def encode_conversation(
         epoch, seed (int): choose among several answers.
 
     Returns:
-        dict: input_ids and labels, list[int] of equal length; with images pixel_values, float32, (crops, 3, crop size,
+        dict: id; input_ids and labels, list[int] of equal length; with images pixel_values, float32, (crops, 3, crop size,
         crop size), and image_sizes, int64, (images, 2), in the order of the tags.
 
     Raises:
         InputError: with the conversation's id, if it cannot be used.
     """
     where = f"sample {conversation.id}"
-    check_conversation(conversation, processor)
+    check_conversation(conversation, control_tokens(processor.tokenizer))
     answers = choose_answers(conversation, epoch, seed)
     images, features = load_images(conversation), BatchFeature()
     if images:
         features = processor.image_processor(images)
     ids = training_ids(conversation, answers, processor, features.get("num_img_tokens", []))
     _check_length(len(ids), max_length, where)
-    encoded = {"input_ids": ids, "labels": label_answers(ids, processor)}
+    encoded = {"id": conversation.id, "input_ids": ids, "labels": label_answers(ids, processor)}
     if images:
         crop_area = processor.image_processor.crop_size**2
         crops = features["pixel_values"].split([1 + h * w // crop_area for h, w in features["image_sizes"].tolist()])
@@ -219,8 +229,15 @@ def encode_conversation(
     return encoded
 
 
-def check_conversation(conversation: Conversation, processor: Phi3VProcessor) -> None:
-    """Checks what can be known without opening an image.
+@lru_cache
+def control_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """Tokens of the chat format, which no text may hold; words that someone has added to the vocabulary are none."""
+    added = tokenizer.added_tokens_decoder.values()
+    return tuple(token.content for token in added if token.special or token.content.startswith("<"))
+
+
+def check_conversation(conversation: Conversation, control: Sequence[str]) -> None:
+    """Checks what can be known without opening an image; `control` is what `control_tokens` gives.
 
     Raises:
         InputError: with the conversation's id and turn, if there is no turn, no answer, an answer that is not text, an
@@ -229,7 +246,6 @@ def check_conversation(conversation: Conversation, processor: Phi3VProcessor) ->
     where = f"sample {conversation.id}"
     if not conversation.turns:
         raise InputError(f"{where}: expected at least one turn, found none")
-    added = processor.tokenizer.get_added_vocab()
     for number, turn in enumerate(conversation.turns, 1):
         if not isinstance(turn.answers, (list, tuple)) or not turn.answers:
             raise InputError(
@@ -249,7 +265,7 @@ def check_conversation(conversation: Conversation, processor: Phi3VProcessor) ->
                 raise InputError(
                     f"{where}, turn {number}: expected Unicode text, found half a surrogate pair in {text!r}"
                 )
-            token = next((token for token in added if token in text), None)
+            token = next((token for token in control if token in text), None)
             if token is not None:
                 raise InputError(
                     f"{where}, turn {number}: expected plain text, found the control token {token}; remove it"
@@ -331,7 +347,13 @@ class ConversationDataset(torch.utils.data.Dataset):
         if index >= len(self.rows):
             index = (index + epoch * (len(self) - len(self.rows))) % len(self.rows)
         conversation = self.to_conversation(self.rows[index])
-        return encode_conversation(conversation, self.processor, self.max_length, epoch, self.seed)
+        try:
+            return encode_conversation(conversation, self.processor, self.max_length, epoch, self.seed)
+        except InputError:
+            raise
+        except Exception as error:
+            # A worker's traceback alone does not say which row it was.
+            raise RuntimeError(f"sample {conversation.id} cannot be encoded: {error!r}") from error
 
     def check(self) -> None:
         """Checks all rows before a model is loaded, each rank its share: texts, tags, image headers, lengths.
@@ -359,7 +381,7 @@ class ConversationDataset(torch.utils.data.Dataset):
             raise InputError(
                 f"{name}: expected the fields that this script's docstring names, found {', '.join(row)} ({error!r})"
             ) from None
-        check_conversation(conversation, self.processor)
+        check_conversation(conversation, control_tokens(self.processor.tokenizer))
         try:
             length = count_tokens(conversation, self.processor)
         except InputError as error:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -18,6 +18,8 @@ from phi3v.processing_phi3_v import IMAGE_TAG
 
 from .arguments import RecipeArguments
 from .conversation import Conversation, Turn, load_images, to_messages
+from .errors import Stopped
+from .signals import stop_signals
 
 
 @dataclass
@@ -108,15 +110,20 @@ def generate_answers(
     # Round k covers the next `ranks x size` questions; a rank without any in the last round still takes part.
     starts = range(rank * size, -(-len(prompts) // (ranks * size)) * ranks * size, ranks * size)
     batches = [list(range(len(prompts))[start : start + size]) for start in starts]
+    path = Path(args.output_dir) / "predictions.jsonl"
+    predictions = _answered(path, stage, prompts.questions, ranks * size) if rank == 0 else None
+    predictions = _from_first(predictions, args)
+    batches = batches[len(predictions) // (ranks * size) :] if len(predictions) < len(prompts) else []
     loader = DataLoader(
         prompts, batch_sampler=batches, collate_fn=prompts.collate, num_workers=args.dataloader_num_workers
     )
-    path = Path(args.output_dir) / "predictions.jsonl"
-    if rank == 0:
-        _remove_stage(path, stage)
-    predictions = []
     model.eval()
-    bar = tqdm(total=len(prompts), desc=f"answers {stage} training", disable=args.disable_tqdm or rank > 0)
+    bar = tqdm(
+        total=len(prompts),
+        initial=len(predictions),
+        desc=f"answers {stage} training",
+        disable=args.disable_tqdm or rank > 0,
+    )
     with open(path, "a", encoding="utf-8") if rank == 0 else nullcontext() as file, _precision(args):
         for batch, inputs in zip(batches, loader, strict=True):
             asked = [prompts.questions[index] for index in batch]
@@ -128,6 +135,8 @@ def generate_answers(
                 lines = [json.dumps({"stage": stage, **asdict(item)}, ensure_ascii=False) + "\n" for item in gathered]
                 file.writelines(lines)
                 file.flush()
+            if signum := stop_signals.agree(args.device):
+                raise Stopped(signum, f"{len(predictions)} of {len(prompts)} answers {stage} training are written")
     bar.close()
     return predictions
 
@@ -143,10 +152,39 @@ def read_predictions(path: Path) -> list[dict[str, Any]]:
     return items
 
 
-def _remove_stage(path: Path, stage: str) -> None:
+def _from_first(value: Any, args: RecipeArguments) -> Any:
+    """The first rank's value, on all of them: files that it alone writes may come into sight later on others."""
+    return broadcast_object_list([value])[0] if args.world_size > 1 else value
+
+
+def remove_stage(folder: Path, stage: str) -> None:
     """Drops what an earlier run into the same folder answered at this stage."""
-    kept = [item for item in read_predictions(path) if item["stage"] != stage]
-    path.write_text("".join(json.dumps(item, ensure_ascii=False) + "\n" for item in kept), encoding="utf-8")
+    path = folder / "predictions.jsonl"
+    _write_predictions(path, [item for item in read_predictions(path) if item["stage"] != stage])
+    (folder / f"eval_{stage}.json").unlink(missing_ok=True)
+
+
+def _write_predictions(path: Path, items: list[dict[str, Any]]) -> None:
+    aside = path.with_suffix(".part")
+    aside.write_text("".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items), encoding="utf-8")
+    aside.replace(path)
+
+
+def _answered(path: Path, stage: str, questions: list[Prediction], per_round: int) -> list[Prediction]:
+    """What a run that was stopped has answered: whole rounds, so that the others are batched as they would have been."""
+    items = read_predictions(path)
+    found = [item for item in items if item["stage"] == stage]
+    same = [
+        (item["id"], item["turn"], item["question"]) == (question.id, question.turn, question.question)
+        for item, question in zip(found, questions, strict=False)
+    ]
+    count = same.index(False) if False in same else len(same)
+    count = count if count == len(questions) else count - count % per_round
+    _write_predictions(path, [item for item in items if item["stage"] != stage] + found[:count])
+    return [
+        replace(question, answer=item["answer"], choices=item["choices"])
+        for question, item in zip(questions, found[:count], strict=False)
+    ]
 
 
 def _precision(args: RecipeArguments):
@@ -205,6 +243,10 @@ def evaluate(
     """
     if not len(rows):
         return None
+    path = Path(args.output_dir) / f"eval_{stage}.json"
+    if _from_first(path.exists(), args):
+        # Of this run, before it was started again; `begin` has removed any other.
+        return json.loads(path.read_text(encoding="utf-8"))
     start = time.monotonic()
     predictions = generate_answers(model, processor, rows, to_conversation, args, stage)
     figures = score(predictions)
@@ -217,8 +259,9 @@ def evaluate(
         "generated_texts_unique": [prediction.answer for prediction in predictions],
     }
     if args.process_index == 0:
-        path = Path(args.output_dir) / f"eval_{stage}.json"
-        path.write_text(json.dumps(result, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        aside = path.with_suffix(".part")
+        aside.write_text(json.dumps(result, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        aside.replace(path)
         figures = ", ".join(f"{name} {value:.4f}" for name, value in figures.items() if "/" not in name)
         print(
             f"{stage} training: {figures} ({len(predictions)} answers, {result['seconds']:.0f} s) -> {path}", flush=True

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from multiprocessing.pool import ThreadPool
@@ -30,7 +31,7 @@ from phi3v import Phi3VImageProcessor, Phi3VProcessor
 from phi3v.image_processing_phi3_v import MAX_NUM_CROPS, hd_size, padded_size
 from phi3v.processing_phi3_v import IMAGE_TAG, find_tags
 
-from .conversation import Conversation, Turn, check_conversation, image_size, load_images, to_messages
+from .conversation import Conversation, Turn, check_conversation, control_tokens, image_size, load_images, to_messages
 from .errors import InputError
 from .formats import SPLITS, Fault, Sample, convert, find_files, image_name, read_samples, refuse_existing, split_of
 
@@ -118,9 +119,7 @@ def check_folder(
         InputError: if the folder holds no file with rows.
     """
     files = find_files(folder)
-    added = processor.tokenizer.get_added_vocab() if processor.tokenizer else CONTROL_TOKENS
-    # All that check_conversation asks of a processor; the tokenizer itself collects its vocabulary anew each time.
-    vocabulary = SimpleNamespace(tokenizer=SimpleNamespace(get_added_vocab=lambda: added))
+    control = control_tokens(processor.tokenizer) if processor.tokenizer else CONTROL_TOKENS
     faults, remarks, splits, ids, pictures, uses, native = [], [], {}, {}, {}, [], False
     items = iter(tqdm(read_samples(files), unit=" samples", leave=False, disable=None))
     with ThreadPool(len(os.sched_getaffinity(0))) as pool:
@@ -135,7 +134,7 @@ def check_folder(
             found = pool.map(lambda source: inspect_image(source, images, processor.image_processor), new.values())
             pictures.update(zip(new, found, strict=True))
             for sample in batch:
-                found, here = check_sample(sample, vocabulary, pictures), f"{sample.file.name}:{sample.line}"
+                found, here = check_sample(sample, control, pictures), f"{sample.file.name}:{sample.line}"
                 first = ids.setdefault((sample.split, sample.conversation.id), here)
                 if first != here:
                     found.append(sample.fault(f"expected an id of its own, found that of {first}"))
@@ -177,11 +176,11 @@ def inspect_image(source: str | dict[str, Any], images: str, image_processor: Ph
     return Picture(size, 1 + width_padded * height_padded // crop**2, tokens)
 
 
-def check_sample(sample: Sample, vocabulary: Any, pictures: dict[str, Picture]) -> list[Fault]:
+def check_sample(sample: Sample, control: Sequence[str], pictures: dict[str, Picture]) -> list[Fault]:
     """Faults of one sample: its texts and tags, and each of its images."""
     faults = [sample.fault(pictures[name].fault) for name in dict.fromkeys(sample.image_names) if pictures[name].fault]
     try:
-        check_conversation(sample.conversation, vocabulary)
+        check_conversation(sample.conversation, control)
     except InputError as error:
         faults.append(Fault(str(sample.file), sample.line, str(error)))
     return faults

@@ -133,6 +133,6 @@ def test_text_only_samples_give_no_pixels(padding_free):
 
 
 def test_a_label_on_a_first_token_is_no_target_of_the_sample_before():
-    first = {"input_ids": [5, 6, 7], "labels": [5, 6, 7]}
+    first = {"id": "a", "input_ids": [5, 6, 7], "labels": [5, 6, 7]}
     batch = DataCollatorForPhi3V(PAD, padding_free=True)([first, first])
     assert batch["labels"].tolist() == [[-100, 6, 7, -100, 6, 7]]

@@ -23,6 +23,7 @@ from finetuning.conversation import (
     Turn,
     check_conversation,
     choose_answers,
+    control_tokens,
     count_tokens,
     encode_conversation,
     load_images,
@@ -321,7 +322,7 @@ def test_a_sample_that_is_too_long_is_refused_with_both_lengths():
 
 def test_other_angle_brackets_are_plain_text():
     conversation = Conversation("x", one("a <b> <|> <|no_token|> c", ["<p>"]))
-    check_conversation(conversation, processor())
+    check_conversation(conversation, control_tokens(processor().tokenizer))
 
 
 @pytest.mark.parametrize("token", ["<s>", "</s>", "<unk>"])

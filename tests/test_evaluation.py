@@ -15,7 +15,7 @@ import torch.multiprocessing
 from accelerate.state import PartialState
 
 from finetuning.conversation import Conversation, Turn
-from finetuning.evaluation import Prediction, evaluate, generate_answers
+from finetuning.evaluation import Prediction, evaluate, generate_answers, remove_stage
 from finetuning.strategy import load_processor
 
 own_process = pytest.fixture(autouse=True)(recipe.own_process)
@@ -199,12 +199,38 @@ def test_eval_file_and_predictions(folder, tmp_path, one_by_one, capsys):
     assert "length/first" not in printed
 
 
-def test_a_second_run_into_the_folder_replaces_its_stage_only(folder, tmp_path):
+def test_an_evaluation_that_died_goes_on_where_it_was(folder, tmp_path):
+    whole = run_evaluation(folder, tmp_path / "whole", "before")
     run_evaluation(folder, tmp_path / "out", "before")
-    run_evaluation(folder, tmp_path / "out", "after", ROWS[:2])
-    run_evaluation(folder, tmp_path / "out", "before", ROWS[:3])
-    stages = [(item["stage"], item["id"]) for item in written(tmp_path / "out")]
-    assert stages == [("after", "r0"), ("after", "r1"), ("before", "r0"), ("before", "r1"), ("before", "r2")]
+    lines = (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()
+    # Five whole lines, one round and a half, the first of them another answer than the model gives, and half of a sixth.
+    lines[0] = json.dumps({**json.loads(lines[0]), "answer": "kept"})
+    (tmp_path / "out" / "predictions.jsonl").write_text("\n".join(lines[:5]) + "\n" + lines[5][:20])
+    (tmp_path / "out" / "eval_before.json").unlink()
+    again = run_evaluation(folder, tmp_path / "out", "before")
+    assert again["generated_texts_unique"] == ["kept", *whole["generated_texts_unique"][1:]]
+    assert [item["answer"] for item in written(tmp_path / "out")] == again["generated_texts_unique"]
+
+
+def test_answers_to_other_questions_are_not_taken(folder, tmp_path):
+    run_evaluation(folder, tmp_path / "out", "before", ROWS[1:])
+    (tmp_path / "out" / "eval_before.json").unlink()
+    assert run_evaluation(folder, tmp_path / "out", "before")["ids"][0] == "r0"
+    assert written(tmp_path / "out")[0]["id"] == "r0"
+
+
+def test_a_finished_evaluation_is_read_again(folder, tmp_path):
+    first = run_evaluation(folder, tmp_path / "out", "before")
+    assert run_evaluation(folder, tmp_path / "out", "before") == first
+
+
+def test_removing_a_stage_keeps_the_other(folder, tmp_path):
+    run_evaluation(folder, tmp_path / "out", "before", ROWS[:1])
+    run_evaluation(folder, tmp_path / "out", "after", ROWS[:1])
+    remove_stage(tmp_path / "out", "before")
+    assert [item["stage"] for item in written(tmp_path / "out")] == ["after"]
+    assert not (tmp_path / "out" / "eval_before.json").exists()
+    assert (tmp_path / "out" / "eval_after.json").exists()
 
 
 def test_predictions_are_written_as_they_come(folder, tmp_path):

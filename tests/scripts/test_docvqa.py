@@ -208,16 +208,16 @@ def test_all_strategies_begin_with_the_same_model(trained):
 # ---- resuming
 
 
-@pytest.mark.parametrize("strategy", ["full", "lora"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(trained, folder, flags, strategy):
     # As a run that stopped after step 3, in the middle of an epoch, has left its folder.
     whole = trained(strategy)
     output = folder / f"{strategy}-resumed"
-    output.mkdir()
     shutil.copytree(whole.output / "checkpoint-2", output / "checkpoint-2")
-    for name in ("eval_before.json", "predictions.jsonl"):
+    for name in ("eval_before.json", "predictions.jsonl", "run.json"):
         shutil.copy(whole.output / name, output / name)
-    resumed = torchrun(output, *flags, *STRATEGIES[strategy], "--resume_from_checkpoint")
+    resumed = torchrun(output, *flags, *STRATEGIES[strategy])
+    assert f"going on from {output / 'checkpoint-2'}" in resumed.stdout
     assert resumed.status == 0, resumed.stderr
     assert resumed.losses == whole.losses
     assert {step: entry["grad_norm"] for step, entry in resumed.logs.items()} == {
@@ -418,7 +418,7 @@ BAD = {
     "num_crops 17": ["--num_crops 17", "1 to 16"],
     "batch not divisible": ["--batch_size 5", "multiple of 2"],
     "output below a file": ["--output_dir", "Not a directory"],
-    "nothing to resume": ["checkpoint"],
+    "nothing to resume": ["checkpoint-N"],
     "resume from an unfinished checkpoint": ["checkpoint-2"],
     "resume LoRA from a full checkpoint": ["checkpoint-2", "adapter"],
     "unknown flag": ["--use_lorra"],

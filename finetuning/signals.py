@@ -1,0 +1,40 @@
+"""SIGTERM and SIGINT, noted until the run can stop where it loses nothing."""
+
+import os
+import signal
+import time
+
+import torch
+import torch.distributed as dist
+
+
+class StopSignals:
+    """Notes SIGTERM and SIGINT, so that a run can stop where it loses nothing; a second one stops at once.
+
+    The same signal within two seconds counts as one: launcher and scheduler often both send it.
+    """
+
+    def __init__(self):
+        self.signum, self._since = 0, 0.0
+
+    def install(self) -> None:
+        """From now on signals are noted."""
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signum, self._note)
+
+    def _note(self, signum, frame):
+        if self.signum and time.monotonic() - self._since > 2:
+            os._exit(128 + signum)
+        if not self.signum:
+            self.signum, self._since = signum, time.monotonic()
+
+    def agree(self, device: torch.device) -> int:
+        """The signal that any rank has received, 0 for none; all ranks must ask together."""
+        if not dist.is_initialized():
+            return self.signum
+        flag = torch.tensor(self.signum, device=device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return int(flag)
+
+
+stop_signals = StopSignals()
