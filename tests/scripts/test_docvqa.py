@@ -361,6 +361,7 @@ def bad(folder, base, data) -> dict[str, Run]:
     (home / "no-checkpoint" / "checkpoint-2").mkdir(parents=True)
     shutil.copytree(base, home / "full-checkpoint" / "checkpoint-2")
     (home / "full-checkpoint" / "checkpoint-2" / "trainer_state.json").write_text('{"global_step": 2}')
+    torch.save({}, home / "full-checkpoint" / "checkpoint-2" / "optimizer.pt")
     calls = {
         **{name: ["--data_dir", str(path)] for name, path in rows.items()},
         "bf16 and fp16": [*good, "--bf16", "--fp16"],
