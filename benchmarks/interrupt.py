@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -47,6 +46,7 @@ FLAGS = [
     *("--save_steps", "1", "--logging_steps", "3", "--max_new_tokens", "16", "--per_device_eval_batch_size", "2"),
     *("--dataloader_num_workers", "1", "--no-tqdm"),
 ]
+KILLS_OF_A_RUN = 3
 
 
 class Run:
@@ -123,25 +123,23 @@ def measure(folder: Path, strategy: str, kills: int, stops: int, chooser: random
     whole = Run(folder, folder / f"{strategy}-whole", strategy)
     assert whole.wait() == 0, whole.output.with_suffix(".log")
     seconds, expected = time.monotonic() - whole.start, results(whole.output)
-    result = {"undisturbed_seconds": round(seconds, 1), "kills": [], "stops": []}
+    result = {"undisturbed_seconds": round(seconds, 1), "kills": [], "ends": [], "stops": []}
 
-    # Each start adds a little: moments spread over the whole run need delays from before training to a good part of it.
-    output = folder / f"{strategy}-killed"
     while len(result["kills"]) < kills:
-        run = Run(folder, output, strategy)
-        delay = chooser.uniform(0.25, 0.8) * seconds
-        if run.wait(delay) is not None:
-            # It came to its end before: begin another one.
-            result.setdefault("ends", []).append(compare(output, expected))
-            shutil.rmtree(output)
-            continue
-        moment = {"seconds": round(delay, 1), "phase": run.phase()}
-        run.kill()
-        result["kills"].append({**moment, "checkpoint": newest(output)})
-        print(strategy, "kill", result["kills"][-1], flush=True)
-    status = Run(folder, output, strategy).wait()
-    result.setdefault("ends", []).append({"status": status, **compare(output, expected)})
-    print(strategy, "ends", result["ends"], flush=True)
+        # Up to three kills, at any moment between the first second of work and the end; then it may come to its end.
+        output = folder / f"{strategy}-killed-{len(result['ends'])}"
+        for _ in range(KILLS_OF_A_RUN):
+            run = Run(folder, output, strategy)
+            delay = chooser.uniform(0.35, 1) * seconds
+            if run.wait(delay) is not None or len(result["kills"]) == kills:
+                break
+            moment = {"run": len(result["ends"]), "seconds": round(delay, 1), "phase": run.phase()}
+            run.kill()
+            result["kills"].append({**moment, "checkpoint": newest(output)})
+            print(strategy, "kill", result["kills"][-1], flush=True)
+        status = run.wait() if run.process.returncode in (None, 0) else Run(folder, output, strategy).wait()
+        result["ends"].append({"status": status, **compare(output, expected)})
+        print(strategy, "end", result["ends"][-1], flush=True)
 
     for number in range(stops):
         output = folder / f"{strategy}-stopped-{number}"

@@ -100,8 +100,12 @@ def open_image(source) -> Image.Image:
             image = Image.open(source)
     except FileNotFoundError:
         raise InputError(f"{name}: expected an image file, found no such file") from None
-    except (OSError, ValueError, TypeError, AttributeError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{name}: expected an image, found: {error}") from None
+    except Image.DecompressionBombError as error:
+        raise InputError(
+            f"{name}: expected at most {Image.MAX_IMAGE_PIXELS} pixels (--max_image_pixels), found: {error}"
+        ) from None
     if image.width * image.height > Image.MAX_IMAGE_PIXELS:
         raise InputError(
             f"{name}: expected at most {Image.MAX_IMAGE_PIXELS} pixels (--max_image_pixels), found {image.width} x {image.height}"

@@ -1,9 +1,11 @@
 """Loads model and processor, and makes trainable what the strategy trains: full, frozen vision, LoRA, QLoRA."""
 
+import json
 import math
 import os
 from collections import defaultdict
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -31,6 +33,11 @@ def load_processor(args: RecipeArguments) -> Phi3VProcessor:
     Raises:
         InputError: if the folder holds no processor, or another model's.
     """
+    for path in Path(args.model_name_or_path).glob("*.json"):
+        try:
+            json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(f"{path}: expected a JSON file, found: {error}; fetch it again") from None
     try:
         config = AutoConfig.from_pretrained(args.model_name_or_path)
         if not isinstance(config, Phi3VConfig):
@@ -87,6 +94,8 @@ def load_model(args: RecipeArguments) -> PreTrainedModel:
             quantization_config=nf4(args.compute_dtype) if args.use_qlora else None,
             device_map={"": args.device},
             output_loading_info=True,
+            # Never a pickle, which could run code.
+            use_safetensors=True,
             # Reported below, by name.
             ignore_mismatched_sizes=True,
         )

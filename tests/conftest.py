@@ -12,6 +12,9 @@ torch.set_num_threads(2)
 
 def pytest_addoption(parser):
     parser.addoption("--parity-results", help="json file to write the largest deviations to (needs tests/parity)")
+    parser.addoption(
+        "--bad-inputs", help="json file to write the line that each bad input gets to (needs tests/scripts)"
+    )
 
 
 def pytest_terminal_summary(terminalreporter, config):

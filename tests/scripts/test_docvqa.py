@@ -4,6 +4,8 @@ import json
 import math
 import re
 import shutil
+import struct
+import zlib
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoProcessor
 
+from benchmarks.record import provenance, write
 from finetuning.metrics import anls
 from finetuning.strategy import nf4
 from phi3v import Phi3VForCausalLM
@@ -322,8 +325,45 @@ def with_lines(data: Path, folder: Path, lines: list[str]) -> Path:
     return folder
 
 
+def bomb() -> bytes:
+    """A PNG of 30,000 x 30,000 pixels that is some hundred bytes long."""
+    chunk = struct.pack(">IIBBBBB", 30_000, 30_000, 1, 0, 0, 0, 0)
+    parts = [(b"IHDR", chunk), (b"IDAT", zlib.compress(b"\0" * 3_751)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+        for name, content in parts
+    )
+
+
+def model_folders(base: Path, home: Path) -> dict[str, Path]:
+    """Copies of a model folder, each with a fault."""
+    names = (
+        "other shape",
+        "cut weights",
+        "missing shard",
+        "pickle",
+        "other model",
+        "broken config",
+        "broken tokenizer",
+    )
+    found = {name: shutil.copytree(base, home / name.replace(" ", "-")) for name in names}
+    config = json.loads((base / "config.json").read_text())
+    (found["other shape"] / "config.json").write_text(json.dumps({**config, "intermediate_size": 64}))
+    content = (base / "model.safetensors").read_bytes()
+    (found["cut weights"] / "model.safetensors").write_bytes(content[: len(content) // 2])
+    (found["missing shard"] / "model.safetensors").unlink()
+    Phi3VForCausalLM.from_pretrained(base).save_pretrained(found["missing shard"], max_shard_size="300KB")
+    sorted(found["missing shard"].glob("model-*.safetensors"))[1].unlink()
+    torch.save(load_file(base / "model.safetensors"), found["pickle"] / "pytorch_model.bin")
+    (found["pickle"] / "model.safetensors").unlink()
+    (found["other model"] / "config.json").write_text('{"model_type": "llama"}')
+    (found["broken config"] / "config.json").write_text("{")
+    (found["broken tokenizer"] / "tokenizer.json").write_text("{")
+    return found
+
+
 @pytest.fixture(scope="session")
-def bad(folder, base, data) -> dict[str, Run]:
+def bad(folder, base, data, request) -> dict[str, Run]:
     """Bad calls, with a model that has no weights: what is refused must be refused before it is loaded."""
     home = folder / "bad"
     home.mkdir()
@@ -351,6 +391,21 @@ def bad(folder, base, data) -> dict[str, Run]:
         "no test rows": with_lines(data, home / "no-test", lines[:TRAIN_ROWS]),
         "broken line": broken,
     }
+    for name, content in (("bomb.png", bomb()), ("empty.png", b""), ("text.png", b"no image")):
+        folder = edited(data, home / name, 4, image=f"images/{name}")
+        (folder / "images" / name).write_bytes(content)
+        rows[f"image: {name}"] = folder
+    for name, line in (
+        ("a list", b"[1]"),
+        ("a byte order mark", b"\xef\xbb\xbf{}"),
+        ("Latin-1", b'{"a": "\xff"}'),
+        ("deep nesting", b"[" * 100_000),
+        ("digits", b'{"a": ' + b"1" * 5_000 + b"}"),
+    ):
+        folder = with_lines(data, home / name, lines)
+        (folder / "rows.jsonl").write_bytes(line + b"\n" + (folder / "rows.jsonl").read_bytes())
+        rows[f"line: {name}"] = folder
+    models = model_folders(base, home / "models")
     # A file that ends early is met when it is read, after the model was loaded; also by a worker process.
     cut = edited(data, home / "cut", 4, image="images/cut.jpg")
     tiny.picture(300, 200).save(cut / "images" / "cut.jpg")
@@ -364,6 +419,10 @@ def bad(folder, base, data) -> dict[str, Run]:
     torch.save({}, home / "full-checkpoint" / "checkpoint-2" / "optimizer.pt")
     calls = {
         **{name: ["--data_dir", str(path)] for name, path in rows.items()},
+        **{f"model: {name}": [*good, "--model_name_or_path", str(path)] for name, path in models.items()},
+        "learning rate below 0": [*good, "--learning_rate", "-1"],
+        "unknown tracker": [*good, "--report_to", "nonsense"],
+        "a checkpoint and afresh": [*good, "--resume_from_checkpoint", "--overwrite_output_dir"],
         "bf16 and fp16": [*good, "--bf16", "--fp16"],
         "flash attention on the CPU": [*good, "--use_flash_attention"],
         "data folder and full train": [*good, "--full_train"],
@@ -390,9 +449,13 @@ def bad(folder, base, data) -> dict[str, Run]:
         "truncated image": training,
         "truncated image, read by a worker": [*training, "--dataloader_num_workers", "1"],
     }  # fmt: skip
-    return several(
+    runs = several(
         {name: ["--model_name_or_path", str(hollow), *SMALL_RUN, *more] for name, more in calls.items()}, home
     )
+    if path := request.config.getoption("--bad-inputs"):
+        said = {name: {"status": run.status, "line": (run.errors or [""])[0]} for name, run in runs.items()}
+        write(Path(path), provenance("torch", "transformers") | {"bad_inputs": said})
+    return runs
 
 
 BAD = {
@@ -411,6 +474,24 @@ BAD = {
     "no id": ["row 5"],
     "no test rows": ["rows.jsonl", '"split": "test'],
     "broken line": ["rows.jsonl:3"],
+    "image: bomb.png": ["page-4", "bomb.png", "--max_image_pixels", "900000000"],
+    "image: empty.png": ["page-4", "empty.png"],
+    "image: text.png": ["page-4", "text.png"],
+    "line: a list": ["rows.jsonl:1", "list"],
+    "line: a byte order mark": ["rows.jsonl:1", "BOM"],
+    "line: Latin-1": ["rows.jsonl", "UTF-8"],
+    "line: deep nesting": ["rows.jsonl:1"],
+    "line: digits": ["rows.jsonl:1", "digits"],
+    "model: other shape": ["other-shape", "expected shape"],
+    "model: cut weights": ["cut-weights"],
+    "model: missing shard": ["missing-shard", "model-00002"],
+    "model: pickle": ["pickle", "safetensors"],
+    "model: other model": ["other-model", "llama"],
+    "model: broken config": ["broken-config", "config.json"],
+    "model: broken tokenizer": ["broken-tokenizer", "tokenizer.json"],
+    "learning rate below 0": ["--learning_rate -1"],
+    "unknown tracker": ["--report_to nonsense"],
+    "a checkpoint and afresh": ["--overwrite_output_dir"],
     "bf16 and fp16": ["--bf16", "--fp16"],
     "flash attention on the CPU": ["CPU", "sdpa"],
     "data folder and full train": ["--full_train", "--data_dir"],
@@ -430,6 +511,9 @@ BAD = {
 }
 
 
+WEIGHTS = ("no weights", "model: cut weights", "model: missing shard", "model: pickle")
+
+
 @pytest.mark.parametrize("name", BAD)
 def test_a_bad_call_ends_with_one_line_before_the_model_is_loaded(bad, name):
     run = bad[name]
@@ -439,7 +523,7 @@ def test_a_bad_call_ends_with_one_line_before_the_model_is_loaded(bad, name):
         assert part in line
     assert "Traceback" not in run.stderr
     # had it come so far, it would have missed the weights
-    assert ("expected weights" in line) == (name == "no weights")
+    assert ("expected weights" in line) == (name in WEIGHTS)
 
 
 def test_every_bad_call_is_checked(bad):
