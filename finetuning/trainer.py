@@ -106,11 +106,7 @@ class RecipeTrainer(Trainer):
         self.control.should_save |= bool(signum)
         super()._maybe_log_save_evaluate(*args, **kwargs)
         if signum:
-            step = self.state.global_step
-            raise Stopped(
-                f"stopped by signal {signum} after step {step}: {self._last_checkpoint()}; the same command goes on",
-                signum,
-            )
+            raise Stopped(signum, f"checkpoint-{self.state.global_step} is written to {self.args.output_dir}")
 
     # ---- losses and gradients that are not finite
 
