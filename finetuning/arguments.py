@@ -5,6 +5,7 @@ import importlib.util
 import json
 import math
 import os
+import resource
 import sys
 import tempfile
 from dataclasses import dataclass, fields
@@ -161,6 +162,7 @@ class RecipeArguments(TrainingArguments):
         self._check_values()
         # Pillow keeps it; workers inherit it.
         Image.MAX_IMAGE_PIXELS = self.max_image_pixels
+        self._settle_file_limit()
         self._settle_batch()
         self._settle_strategy()
         self._check_output_dir()
@@ -245,6 +247,15 @@ class RecipeArguments(TrainingArguments):
             raise InputError(
                 "--full_train with --data_dir: expected one of them; the first is for the data set on the hub"
             )
+
+    def _settle_file_limit(self):
+        # Every tensor that a worker hands over is an open file.
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        possible = 4096 if hard == resource.RLIM_INFINITY else min(hard, 4096)
+        if possible < 256:
+            raise InputError(f"open files: expected a limit of at least 256, found {hard}; raise it (ulimit -Hn 4096)")
+        if soft != resource.RLIM_INFINITY and soft < possible:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (possible, hard))
 
     def _settle_batch(self):
         ranks = int(os.environ.get("WORLD_SIZE", 1))

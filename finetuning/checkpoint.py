@@ -102,8 +102,8 @@ def check_checkpoint(folder: Path, adapter: bool) -> None:
             states = folder / (folder / "latest").read_text(encoding="utf-8").strip()
             if not any(states.glob("*_optim_states.pt")):
                 raise OSError(f"no optimizer states in {states.name}")
-        elif not (folder / "optimizer.pt").exists():
-            raise OSError("no optimizer.pt")
+        elif not any(folder.glob("optimizer*")):
+            raise OSError("no optimizer states")
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise Unfinished(f"{folder}: expected a checkpoint that was written to its end, found: {reason}") from None
@@ -182,6 +182,11 @@ def _choose(args: RecipeArguments, output: Path) -> tuple[Path | None, bool]:
         check_checkpoint(Path(args.resume_from_checkpoint), args.use_lora)
         return Path(args.resume_from_checkpoint), False
     skipped = False
+    if args.save_only_model and find_checkpoints(output):
+        raise InputError(
+            f"{output}: expected no checkpoint, because no run goes on from those of --save_only_model; found "
+            f"{find_checkpoints(output)[0].name}; choose another --output_dir, or --overwrite_output_dir"
+        )
     for path in find_checkpoints(output):
         try:
             check_checkpoint(path, args.use_lora)

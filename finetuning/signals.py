@@ -11,11 +11,12 @@ import torch.distributed as dist
 class StopSignals:
     """Notes SIGTERM and SIGINT, so that a run can stop where it loses nothing; a second one stops at once.
 
-    The same signal within two seconds counts as one: launcher and scheduler often both send it.
+    What comes within two seconds counts as one: launcher and scheduler often both send it. DataLoader workers inherit this,
+    and so live on when a scheduler signals every process; they end with the second signal, which is the DataLoader's.
     """
 
     def __init__(self):
-        self.signum, self._since = 0, 0.0
+        self.signum, self._since, self._pid = 0, 0.0, os.getpid()
 
     def install(self) -> None:
         """From now on signals are noted."""
@@ -23,7 +24,7 @@ class StopSignals:
             signal.signal(signum, self._note)
 
     def _note(self, signum, frame):
-        if self.signum and time.monotonic() - self._since > 2:
+        if self.signum and (time.monotonic() - self._since > 2 or os.getpid() != self._pid):
             os._exit(128 + signum)
         if not self.signum:
             self.signum, self._since = signum, time.monotonic()

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import os
 import re
+import resource
 import sys
 from pathlib import Path
 
@@ -379,6 +380,17 @@ def test_a_value_that_would_do_something_else_is_refused(flags):
 def test_a_refused_call_leaves_no_folder():
     refusal("--num_crops", "0")
     assert not Path("output").exists()
+
+
+def test_the_limit_of_open_files_is_raised(monkeypatch):
+    for limits, expected in (((64, 4096), (4096, 4096)), ((64, -1), (4096, -1)), ((1024, 2048), (2048, 2048))):
+        found = []
+        monkeypatch.setattr(resource, "getrlimit", lambda _, limits=limits: limits)
+        monkeypatch.setattr(resource, "setrlimit", lambda _, limits, found=found: found.append(limits))
+        parse_args([])
+        assert found == [expected]
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (64, 128))
+    assert "found 128" in refusal()
 
 
 def test_resume_is_a_folder_or_true(tmp_path):

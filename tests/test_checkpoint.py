@@ -231,6 +231,14 @@ def test_without_a_checkpoint_other_settings_begin_anew(start, tmp_path):
     assert start("--learning_rate", "1e-3") is None
 
 
+def test_checkpoints_of_weights_alone_are_left_where_they_are(start, tmp_path):
+    start("--save_only_model")
+    leave(tmp_path / "output", 5)
+    with pytest.raises(InputError, match="--save_only_model"):
+        start("--save_only_model")
+    assert (tmp_path / "output" / "checkpoint-5").is_dir()
+
+
 def test_a_named_checkpoint_is_taken(start, tmp_path):
     start()
     leave(tmp_path / "output", 5, 10, report=True)

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,13 +58,23 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def finish(command: list[str], folder: Path, log: Path | None = None) -> subprocess.CompletedProcess:
-    """Runs a command to its end, output captured or in the file `log`; leaves no process behind if that takes too long."""
+def finish(
+    command: list[str],
+    folder: Path,
+    log: Path | None = None,
+    meanwhile: Callable[[subprocess.Popen], None] | None = None,
+) -> subprocess.CompletedProcess:
+    """Runs a command to its end, output captured or in the file `log`; leaves no process behind if that takes too long.
+
+    `meanwhile` is called with the process as soon as it runs.
+    """
     with ExitStack() as stack:
         pipe = stack.enter_context(open(log, "w")) if log else subprocess.PIPE
         options = {"stdout": pipe, "stderr": pipe, "text": True, "env": environment(), "cwd": folder}
         process = subprocess.Popen(command, start_new_session=True, **options)
         try:
+            if meanwhile:
+                meanwhile(process)
             stdout, stderr = process.communicate(timeout=TIMEOUT)
         except BaseException:
             # torchrun ends its workers, which have sessions of their own; what is left then is ended with the group.
@@ -77,8 +88,8 @@ def finish(command: list[str], folder: Path, log: Path | None = None) -> subproc
     return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
 
 
-def call(command: list[str], output: Path) -> Run:
-    done = finish(command, output.parent)
+def call(command: list[str], output: Path, **options) -> Run:
+    done = finish(command, output.parent, **options)
     return Run(output, done.returncode, done.stdout, done.stderr)
 
 
@@ -86,11 +97,13 @@ def script(task: str) -> str:
     return str(ROOT / f"finetune_hf_trainer_{task}.py")
 
 
-def torchrun(output: Path, *flags: str, ranks: int = 2, task: str = "docvqa") -> Run:
-    """Runs a task's script under torchrun, with --output_dir `output`."""
+def torchrun(
+    output: Path, *flags: str, ranks: int = 2, task: str = "docvqa", options: Sequence[str] = (), **finish_options
+) -> Run:
+    """Runs a task's script under torchrun (with its own `options`), with --output_dir `output`."""
     launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
-    launcher += [f"--master_port={free_port()}"]
-    return call([*launcher, script(task), "--output_dir", str(output), *flags], output)
+    launcher += [f"--master_port={free_port()}", *options]
+    return call([*launcher, script(task), "--output_dir", str(output), *flags], output, **finish_options)
 
 
 def python(output: Path, *flags: str) -> Run:

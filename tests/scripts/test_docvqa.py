@@ -4,10 +4,13 @@ import json
 import math
 import re
 import shutil
+import signal
 import struct
+import time
 import zlib
 from pathlib import Path
 
+import psutil
 import pytest
 import recipe
 import tiny
@@ -233,6 +236,78 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(trained, folder, flags, str
     assert resumed.evaluation("before") == whole.evaluation("before")
     assert resumed.evaluation("after")["generated_texts_unique"] == whole.evaluation("after")["generated_texts_unique"]
     assert "before training" not in resumed.stdout
+
+
+def wait_for(path: Path, process) -> None:
+    while not path.exists() and process.poll() is None:
+        time.sleep(0.05)
+    assert path.exists()
+
+
+def test_a_run_that_is_told_to_stop_loses_nothing(trained, folder, flags):
+    whole, output = trained("full"), folder / "told-to-stop"
+
+    def stop(process):
+        wait_for(output / "checkpoint-2", process)
+        process.send_signal(signal.SIGTERM)
+
+    stopped = torchrun(output, *flags, meanwhile=stop)
+    assert stopped.status != 0
+    step = int(re.search(r"stopped by SIGTERM: checkpoint-(\d) is written", stopped.stderr)[1])
+    assert stopped.stderr.count("stopped by SIGTERM") == 1
+    assert 2 <= step < STEPS
+    again = torchrun(output, *flags)
+    assert f"going on from {output}/checkpoint-{step}" in again.stdout
+    assert again.losses == whole.losses
+    assert all(torch.equal(tensor, weights(output)[name]) for name, tensor in weights(whole.output).items())
+
+
+def test_a_rank_that_dies_is_replaced(trained, folder, flags):
+    whole, output = trained("lora"), folder / "rank-dies"
+
+    def kill(process):
+        wait_for(output / "checkpoint-2", process)
+        psutil.Process(process.pid).children()[1].kill()
+
+    run = torchrun(output, *flags, *STRATEGIES["lora"], options=["--max_restarts=1"], meanwhile=kill)
+    assert run.status == 0, run.stderr
+    assert f"going on from {output}/checkpoint-" in run.stdout
+    assert run.losses == whole.losses
+    assert all(torch.equal(tensor, weights(output)[name]) for name, tensor in weights(whole.output).items())
+
+
+def test_a_finished_run_says_so(trained, flags):
+    run = trained("full")
+    before = {path: path.stat().st_mtime_ns for path in run.output.rglob("*")}
+    again = torchrun(run.output, *flags)
+    assert again.status == 0, again.stderr
+    assert "this run is finished" in again.stdout
+    assert {path: path.stat().st_mtime_ns for path in run.output.rglob("*")} == before
+
+
+@pytest.fixture(scope="session")
+def diverging(folder, flags) -> dict[str, Run]:
+    """After the first step every loss is nan; DeepSpeed's optimizer and the plain one."""
+    (folder / "diverging").mkdir()
+    calls = {
+        f"{strategy}, {what}": [*flags, *STRATEGIES[strategy], "--learning_rate", "1e30", "--on_nonfinite", what]
+        for strategy in ("full", "lora")
+        for what in ("stop", "skip")
+    }
+    return several(calls, folder / "diverging")
+
+
+@pytest.mark.parametrize("strategy", ["full", "lora"])
+def test_a_loss_that_is_not_finite_names_step_and_samples(diverging, strategy):
+    run = diverging[f"{strategy}, stop"]
+    assert run.status == 1, run.stderr
+    (line,) = run.errors
+    assert re.search(r"step [23]: the (loss|gradient) of page-\d.* is not finite", line)
+    assert "checkpoint" in line
+    skipped = diverging[f"{strategy}, skip"]
+    assert skipped.status == 0, skipped.stderr
+    assert skipped.stdout.count("skipped: step") >= STEPS - 3
+    assert all(tensor.isfinite().all() for tensor in weights(skipped.output).values())
 
 
 # ---- calls of one process
