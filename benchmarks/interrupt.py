@@ -130,7 +130,7 @@ def measure(folder: Path, strategy: str, kills: int, stops: int, chooser: random
         output = folder / f"{strategy}-killed-{len(result['ends'])}"
         for _ in range(KILLS_OF_A_RUN):
             run = Run(folder, output, strategy)
-            delay = chooser.uniform(0.35, 1) * seconds
+            delay = chooser.uniform(0.35, 0.9) * seconds
             if run.wait(delay) is not None or len(result["kills"]) == kills:
                 break
             moment = {"run": len(result["ends"]), "seconds": round(delay, 1), "phase": run.phase()}
