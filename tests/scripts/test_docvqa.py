@@ -8,6 +8,7 @@ import signal
 import struct
 import time
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -340,6 +341,15 @@ def alone(folder, flags) -> dict[str, Run]:
     runs = several({name: [*flags, *more] for name, more in calls.items()}, home)
     for name, run in runs.items():
         assert run.status == 0, f"{name}: {run.stderr}"
+    again = {}
+    for name in ("accumulation 4", "lora", "qlora", "full in bf16"):
+        output = home / f"{name} resumed"
+        shutil.copytree(runs[name].output / "checkpoint-2", output / "checkpoint-2")
+        shutil.copy(runs[name].output / "run.json", output)
+        again[f"{name}, resumed"] = [*flags, *calls[name], "--output_dir", str(output)]
+    for name, run in several(again, home).items():
+        assert run.status == 0, f"{name}: {run.stderr}"
+        runs[name] = replace(run, output=Path(again[name][-1]))
     return runs
 
 
@@ -349,6 +359,15 @@ def alone(folder, flags) -> dict[str, Run]:
 def test_losses_are_equal_however_the_batch_is_split(trained, alone, name):
     # against two processes with accumulation 2
     assert alone[name].losses == pytest.approx(trained("full").losses, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["accumulation 4", "lora", "qlora", "full in bf16"])
+def test_one_process_resumes_exactly(alone, name):
+    whole, resumed = alone[name], alone[f"{name}, resumed"]
+    assert "going on from" in resumed.stdout
+    assert resumed.losses == whole.losses
+    expected, found = weights(whole.output), weights(resumed.output)
+    assert all(torch.equal(tensor, found[key]) for key, tensor in expected.items())
 
 
 def test_lora_does_the_same_under_zero2(alone):
