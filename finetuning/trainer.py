@@ -48,7 +48,11 @@ class RecipeTrainer(Trainer):
         except (OSError, RuntimeError, SafetensorError) as error:
             shutil.rmtree(aside, ignore_errors=True)
             reason = next((line for line in str(error).splitlines() if line.strip()), repr(error))
-            raise RunError(f"{output / name} could not be written: {reason}; {self._last_checkpoint()}") from error
+            free = shutil.disk_usage(output).free / 1e9
+            raise RunError(
+                f"{output / name} could not be written: {reason} ({free:.3f} GB are free there); {self._last_checkpoint()}, "
+                "from which the same command goes on"
+            ) from error
         finally:
             self._saving, self.args.save_total_limit = False, limit
         if self.args.should_save:
