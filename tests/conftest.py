@@ -3,11 +3,18 @@
 from pathlib import Path
 
 import torch
+from hypothesis import HealthCheck, settings
 
 from benchmarks.record import provenance, write
 
 # As many as the golden numbers were recorded with; more would only make the tests slower on a shared machine.
 torch.set_num_threads(2)
+
+settings.register_profile(
+    "short", max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
+settings.register_profile("long", max_examples=2_000, deadline=None, suppress_health_check=list(HealthCheck))
+settings.load_profile("short")
 
 
 def pytest_addoption(parser):

@@ -13,7 +13,7 @@ from pathlib import Path
 import jinja2
 import pytest
 import tiny
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from convert_ucf101 import find_clips, list_archive
@@ -29,12 +29,6 @@ from finetuning.errors import InputError
 from finetuning.formats import Fault, Sample, read_samples
 from finetuning.report import PAGE
 from finetuning.rows import iterate_jsonl, resolve_images
-
-settings.register_profile(
-    "short", max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
-)
-settings.register_profile("long", max_examples=2_000, deadline=None, suppress_health_check=list(HealthCheck))
-settings.load_profile("short")
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
 JSON = st.recursive(
