@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.readme import BEGIN, END, table
 from demo import build_model
 from finetuning.arguments import GROUPS, RecipeArguments, _Parser
 
@@ -20,7 +21,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 OTHER = {
     "--nproc_per_node", "--nnodes", "--master_addr", "--master_port", "--node_rank", "--no-build-isolation",
     "--out_dir", "--archive", "--video_dir", "--num_frames", "--convert", "--help",
-    "--shutdown-timeout", "--max_restarts", "--parity-results",
+    "--shutdown-timeout", "--max_restarts", "--parity-results", "--hypothesis-profile",
 }  # fmt: skip
 
 
@@ -98,3 +99,7 @@ def test_the_worked_example_of_a_new_task_runs(model_folder, tmp_path):
     assert finished.returncode == 0, finished.stderr
     assert json.loads((tmp_path / "output" / "eval_after.json").read_text())["num_answers"] == 4
     assert (tmp_path / "output" / "confusion.png").exists()
+
+
+def test_the_measured_figures_are_those_of_the_result_files():
+    assert f"{BEGIN}{table()}{END}" in README

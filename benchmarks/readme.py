@@ -1,0 +1,87 @@
+"""Writes the README's table of what was measured from the result files; a test holds the two together.
+
+    python -m benchmarks.readme
+"""
+
+import json
+from collections import Counter
+from typing import Any
+
+from .record import RESULTS, ROOT
+
+BEGIN, END = "<!-- made by `python -m benchmarks.readme` -->\n", "<!-- end -->\n"
+
+
+def load(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def rows() -> list[tuple[str, str, str]]:
+    """What was measured, the result, and the command that wrote the file of that name."""
+    deviations = load("parity")["deviations"]
+    logits = max(deviation["largest"] for name, deviation in deviations.items() if "logit" in name or "last16" in name)
+    parity = (
+        f"logits {logits:.1e}, loss {deviations['loss, eager']['largest']:.1e}, gradient norms "
+        f"{deviations['gradients: norm, relative']['largest']:.1e} relative; ids, HD images and crops equal"
+    )
+    demo = load("demo")["strategies"]
+    full = demo["full"]
+    after = ", ".join(f"{name} {demo[name]['anls_after']:.2f}" for name in ("frozen", "lora", "qlora"))
+    learned = load("learning")["tasks"]
+    names = {"nlvr2": "NLVR2", "hateful_memes": "Hateful Memes", "ucf101": "UCF-101"}
+    accuracy = ", ".join(f"{names[name]} {task['after']['accuracy']:.3f}" for name, task in learned.items())
+    speeds = load("convert")["speeds"]
+    clips = [speeds[name]["clips_per_cpu_second"] for name in ("convert_ucf101.py", "ffmpeg")]
+    interrupt, cost = load("interrupt"), load("checkpoint_cost")
+    found = {name: interrupt[name] for name in ("full", "lora")}
+    ends = [end for part in found.values() for end in (*part["ends"], *part["stops"])]
+    equal = sum(all(value for key, value in end.items() if key.endswith("_equal")) for end in ends)
+    kills = [kill for part in found.values() for kill in part["kills"]]
+    phases = ", ".join(f"{count} {phase}" for phase, count in Counter(kill["phase"] for kill in kills).most_common())
+    stops = [stop["seconds_until_exit"] for part in found.values() for stop in part["stops"]]
+    rank = max(part["rank_killed"]["seconds_until_all_ended"] for part in found.values())
+    checkpoint = cost["seconds_a_checkpoint"]
+    return [
+        ("parity with the official code, largest deviation in float32", parity, "pytest tests/parity --parity-results"),
+        (
+            "the demo: ANLS on held-out pages before and after, seconds of training",
+            f"full {full['anls_before']:.2f} to {full['anls_after']:.2f} in {full['train_seconds']:.0f} s; from there {after}",
+            "python -m benchmarks.demo",
+        ),
+        (
+            "a tiny model learns what no single picture, caption or frame tells: accuracy on held-out rows, one seed",
+            accuracy,
+            "python -m benchmarks.learning",
+        ),
+        (
+            f"{len(kills)} kills (-9) of two-process runs, full and LoRA ({phases}), and {len(stops)} SIGTERMs: runs that ended "
+            "with the weights, losses and answers of an undisturbed one",
+            f"{equal} of {len(ends)}; {max(stops)} s at most from SIGTERM to exit, {rank} s from the death of a rank",
+            "python -m benchmarks.interrupt",
+        ),
+        (
+            "a step, and a checkpoint of the tiny model, against transformers' own Trainer",
+            f"{cost['step_ratio']:.2f} times the time; {checkpoint['RecipeTrainer']:.2f} s against {checkpoint['Trainer']:.2f} s",
+            "python -m benchmarks.checkpoint_cost",
+        ),
+        (
+            "clips converted per CPU second, against ffprobe and ffmpeg on the command line",
+            f"{clips[0]:.2f} against {clips[1]:.2f}",
+            "python -m benchmarks.convert",
+        ),
+    ]
+
+
+def table() -> str:
+    lines = [f"| {what} | {result} | `{command}` |" for what, result, command in rows()]
+    return "\n".join(("| what | result | command |", "|---|---|---|", *lines, ""))
+
+
+def main() -> None:
+    path = ROOT / "README.md"
+    before, rest = path.read_text(encoding="utf-8").split(BEGIN)
+    path.write_text(before + BEGIN + table() + END + rest.split(END)[1], encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
