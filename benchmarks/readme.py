@@ -1,6 +1,6 @@
 """Writes the README's table of what was measured from the result files; a test holds the two together.
 
-    python -m benchmarks.readme
+python -m benchmarks.readme
 """
 
 import json
