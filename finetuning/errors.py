@@ -72,6 +72,8 @@ def _explain(error: Exception) -> str | None:
         return f"{first} What lowers it most: --batch_size_per_gpu 1, a smaller --num_crops, --freeze_vision_model, --use_lora"
     if isinstance(error, OSError) and error.errno in SURROUNDINGS:
         return f"{first}; the checkpoints that are there are good: with the cause removed the same command goes on"
+    if "EADDRINUSE" in str(error):
+        return f"MASTER_PORT {os.environ.get('MASTER_PORT')} is taken by another program; choose another (torchrun --master_port)"
     if any(text in str(error) for text in LOST_RANK) or (torch and isinstance(error, torch.distributed.DistError)):
         return f"lost contact with the other processes ({first}); what the first of them to end says is the cause"
     return None
