@@ -1,0 +1,409 @@
+"""Speed, memory and model FLOPs of one training step, and how they compare with the official way of doing it.
+
+    python -m benchmarks.train_step --model tiny --strategy full
+    python -m benchmarks.train_step --model full --strategy lora --image page --micro_batch 4 --padding_free
+    python -m benchmarks.train_step --model medium --strategy full --image photo --reference
+    python -m benchmarks.train_step --compare benchmarks/results/train_step_medium_full_photo.json
+    python -m benchmarks.train_step --ratios
+
+A step is forward, backward, clipping and fused AdamW on one micro-batch of images of one size, each with a short question and
+answer; random weights, one process. Medians over the steps after a warm-up. Preparing the data is timed apart: workers do it
+meanwhile.
+
+Units: images and tokens for each second of a step (img_per_s, tokens_per_s); seconds of each part (split); MiB. On a GPU
+memory_step is the peak of torch's allocations above what was allocated before the step (weights and optimizer states),
+memory_peak that peak itself; on a CPU the same of the process' resident memory, after what is free was given back.
+One process measures one case.
+
+Model FLOPs are those that the training needs, whoever computes more (recomputation, padding, unused layers, other logits):
+2 a multiply-add. A linear layer takes 2 x tokens x in x out, a causal attention 2 x tokens^2 x width, CLIP's 4 x tokens^2 x
+width; counted are real crops, the CLIP layers that are used, and lm_head at the labels. The backward pass takes as much
+again for the gradient of the input and as much for that of a trained weight; nothing for a frozen vision part. A LoRA pair
+of rank r adds 2 x tokens x r x (in + out), three times. MFU is model FLOPs a second over the rate of a large square matrix
+product in the same process: bfloat16 on a GPU, float32 on a CPU.
+
+--reference drives the same weights as the official code does: each image padded to num_crops + 1 crops, all CLIP layers run,
+float32 logits at every position, eager attention, batch 1. --ratios runs it and the product in turns, without activation
+checkpointing, and writes benchmarks/results/train_step_ratios.json; any other call writes
+benchmarks/results/train_step_MODEL_STRATEGY_IMAGE.json (with _reference at the end), or --result.
+"""
+
+import argparse
+import ctypes
+import json
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from finetuning.collator import DataCollatorForPhi3V
+from finetuning.conversation import encode_conversation
+from finetuning.errors import run
+from finetuning.strategy import load_model, load_processor
+from phi3v import Phi3VConfig
+
+from .models import IMAGES, STRATEGIES, base_of, build_folder, parser, recipe_arguments, sample
+from .record import RESULTS, ROOT, provenance, write
+
+MIB = 2**20
+# Strategy, image: most memory and time allowed of the reference's; None: written down only.
+TARGETS = {
+    ("full", "photo"): (0.35, 0.85),
+    ("frozen", "photo"): (0.2, 0.7),
+    ("full", "meme"): (None, None),
+}
+
+
+def step_flops(
+    config: Phi3VConfig, lengths: list[int], crops: int, labels: int, strategy: str, rank: int = 64
+) -> dict[str, int]:
+    """Model FLOPs of a forward pass and of a whole step; the module's docstring has the formula.
+
+    Args:
+        config (Phi3VConfig): sizes of the model.
+        lengths (list[int]): tokens of each sample, image tokens included.
+        crops (int): real crops of all images, global views included.
+        labels (int): supervised positions.
+        strategy (str): full, frozen, lora or qlora.
+        rank (int): of the LoRA matrices.
+    """
+    clip, width = config.vision_config, config.hidden_size
+    patches = (clip.image_size // clip.patch_size) ** 2
+    qkv = width + 2 * width * config.num_key_value_heads // config.num_attention_heads
+    tokens, clip_tokens, clip_layers = sum(lengths), crops * (patches + 1), clip.num_hidden_layers - 1
+    # Without the separators: a few in a hundred.
+    image_tokens = crops * patches // 4
+    # How often it is run, on how many tokens, inputs, outputs.
+    text = [
+        (config.num_hidden_layers, tokens, width, qkv),
+        (config.num_hidden_layers, tokens, width, width),
+        (config.num_hidden_layers, tokens, width, 2 * config.intermediate_size),
+        (config.num_hidden_layers, tokens, config.intermediate_size, width),
+        (1, labels, width, config.vocab_size),
+    ]
+    vision = [
+        (4 * clip_layers, clip_tokens, clip.hidden_size, clip.hidden_size),
+        (2 * clip_layers, clip_tokens, clip.hidden_size, clip.intermediate_size),
+        (1, image_tokens, 4 * clip.hidden_size, width),
+        (1, image_tokens, width, width),
+    ]
+    patch_embedding = 2 * crops * patches * 3 * clip.patch_size**2 * clip.hidden_size
+    text_attention = 2 * config.num_hidden_layers * width * sum(length**2 for length in lengths)
+    vision_attention = 4 * clip_layers * clip.hidden_size * crops * (patches + 1) ** 2
+    adapted = strategy in ("lora", "qlora")
+    adapters = sum(2 * n * t * rank * (i + o) for n, t, i, o in text + vision) if adapted else 0
+    text, vision = (sum(2 * n * t * i * o for n, t, i, o in products) for products in (text, vision))
+    forward = text + vision + patch_embedding + text_attention + vision_attention + adapters
+    # An attention multiplies two inputs: both get a gradient, whatever is trained.
+    backward = (1 if adapted else 2) * text + 2 * text_attention + 2 * adapters
+    if strategy != "frozen":
+        backward += (1 if adapted else 2) * vision + 2 * vision_attention
+    if strategy == "full":
+        backward += patch_embedding
+    return {"forward": forward, "step": forward + backward}
+
+
+def matmul_rate(device: str, size: int) -> float:
+    """FLOP/s of a product of two square matrices, bfloat16 on a GPU and float32 on a CPU; the best of several."""
+    factor = torch.randn(size, size, device=device, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
+    best = float("inf")
+    for _ in range(20 if device == "cuda" else 4):
+        start = _now(device)
+        factor @ factor
+        best = min(best, _now(device) - start)
+    return 2 * size**3 / best
+
+
+def _now(device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+class Clock:
+    """Seconds between marks, by the name of what came before the mark. On a GPU by events, which do not hold it up."""
+
+    def __init__(self, device: str):
+        self.device, self.marks = device, []
+        self.mark("")
+
+    def mark(self, name: str) -> None:
+        if self.device == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.marks.append((name, event))
+        else:
+            self.marks.append((name, time.perf_counter()))
+
+    def split(self) -> dict[str, float]:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        seconds = {}
+        for (_, start), (name, end) in zip(self.marks, self.marks[1:], strict=False):
+            passed = start.elapsed_time(end) / 1000 if self.device == "cuda" else end - start
+            seconds[name] = seconds.get(name, 0) + passed
+        return seconds
+
+
+class Memory:
+    """Bytes in use before a step, and at most within it."""
+
+    def __init__(self, device: str):
+        self.device = device
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated()
+        else:
+            ctypes.CDLL(None).malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+            self.before = self._resident("VmRSS")
+
+    def peak(self) -> int:
+        return torch.cuda.max_memory_allocated() if self.device == "cuda" else self._resident("VmHWM")
+
+    @staticmethod
+    def _resident(name: str) -> int:
+        return int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+def product_loss(model, batch: dict[str, Any], clock: Clock) -> torch.Tensor:
+    """The model's own loss."""
+    base = base_of(model)
+    vision = base.model.vision_embed_tokens
+    hooks = [
+        vision.register_forward_pre_hook(lambda *_: clock.mark("language model")),
+        vision.register_forward_hook(lambda *_: clock.mark("vision")),
+        base.model.register_forward_hook(lambda *_: clock.mark("language model")),
+    ]
+    loss = model(**batch).loss
+    clock.mark("loss")
+    for hook in hooks:
+        hook.remove()
+    return loss
+
+
+def reference_loss(model, batch: dict[str, Any], clock: Clock) -> torch.Tensor:
+    """The same loss as the official code arrives at it; `batch` holds the padded crops of one image."""
+    base = base_of(model)
+    embedding = base.model.vision_embed_tokens
+    inputs = base.model.embed_tokens(batch["input_ids"])
+    clock.mark("language model")
+    clip = embedding.img_processor.vision_model
+    found = clip(batch["pixel_values"].flatten(0, 1), output_hidden_states=True)
+    merged = embedding._merge(found.hidden_states[-2][:, 1:])
+    del found
+    ((height, width),) = batch["image_sizes"].tolist()
+    rows, columns = height // embedding.crop_size, width // embedding.crop_size
+    crops, view = (
+        embedding._assemble(merged[1 : 1 + rows * columns], rows, columns),
+        embedding._assemble(merged[:1], 1, 1),
+    )
+    features = embedding.img_projection(torch.cat((crops, embedding.glb_GN[0], view)))
+    clock.mark("vision")
+    is_image = batch["input_ids"] == base.config.image_token_id
+    inputs = inputs.masked_scatter(is_image[..., None], features.to(inputs.dtype))
+    hidden = base.model(inputs_embeds=inputs, attention_mask=batch["attention_mask"], use_cache=False).last_hidden_state
+    clock.mark("language model")
+    logits = base.lm_head(hidden).float()
+    # The copy is what models of 2024 make, too.
+    shifted = logits[:, :-1].contiguous().flatten(0, 1)
+    loss = nn.functional.cross_entropy(shifted, batch["labels"][:, 1:].flatten())
+    clock.mark("loss")
+    return loss
+
+
+def pad_crops(pixel_values: torch.Tensor, num_crops: int) -> torch.Tensor:
+    """The official layout of one image: (crops, 3, S, S) -> (1, num_crops + 1, 3, S, S)."""
+    missing = num_crops + 1 - len(pixel_values)
+    return torch.cat((pixel_values, pixel_values.new_zeros(missing, *pixel_values.shape[1:])))[None]
+
+
+def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Runs one case in this process; `args` are the command's. Returns what the result file holds."""
+    bf16 = args.dtype == "bfloat16"
+    flags = ["--num_crops", str(args.num_crops), "--batch_size_per_gpu", str(args.micro_batch)]
+    flags += (["--bf16"] if bf16 else ["--fp16", "False"]) + (["--padding_free"] if args.padding_free else [])
+    recipe = recipe_arguments(folder, args.strategy, *flags)
+    if args.device == "cpu":
+        recipe.use_cpu = True
+    processor, model = load_processor(recipe), load_model(recipe).train()
+    loss_of = product_loss
+    if args.reference:
+        base_of(model).set_attn_implementation("eager")
+        loss_of = reference_loss
+    if args.activation_checkpointing == "full":
+        model.activation_checkpointing_enable()
+    collate = DataCollatorForPhi3V(processor.tokenizer.pad_token_id, args.padding_free)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(
+        trained, lr=1e-5, betas=(0.9, 0.95), eps=1e-7, weight_decay=recipe.weight_decay, fused=True
+    )
+    splits, memory, losses = [], [], []
+    for step in range(args.warmup + args.steps):
+        start = time.perf_counter()
+        numbers = range(step * args.micro_batch, (step + 1) * args.micro_batch)
+        features = [encode_conversation(sample(args.image, number), processor) for number in numbers]
+        batch = collate(features)
+        del batch["ids"]
+        data = time.perf_counter() - start
+        crops = len(batch["pixel_values"])
+        if args.reference:
+            batch["pixel_values"] = pad_crops(batch["pixel_values"], args.num_crops)
+        batch = {
+            name: value.to(args.device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()
+        }
+        optimizer.zero_grad(set_to_none=True)
+        used, clock = Memory(args.device), Clock(args.device)
+        with torch.autocast(args.device, torch.bfloat16) if bf16 else nullcontext():
+            loss = loss_of(model, batch, clock)
+        loss.backward()
+        clock.mark("backward")
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        clock.mark("optimizer")
+        if step >= args.warmup:
+            splits.append({"data": data, **clock.split()})
+            memory.append((used.before, used.peak()))
+        losses.append(loss.item())
+        del loss
+    seconds = statistics.median(sum(split.values()) - split["data"] for split in splits)
+    lengths = [len(feature["input_ids"]) for feature in features]
+    labels = int((batch["labels"][:, 1:] != -100).sum())
+    flops = step_flops(base_of(model).config, lengths, crops, labels, args.strategy, recipe.lora_rank)["step"]
+    rate = matmul_rate(args.device, args.matmul_size)
+    before, peak = (statistics.median(column) / MIB for column in zip(*memory, strict=True))
+    return {
+        "case": {name: value for name, value in vars(args).items() if name in CASE},
+        "kernel": "eager" if args.reference else recipe.kernel,
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+        "parameters": sum(parameter.numel() for parameter in base_of(model).parameters()),
+        "trained_parameters": sum(parameter.numel() for parameter in trained),
+        "tokens": sum(lengths),
+        "crops": crops,
+        "seconds": round(seconds, 4),
+        "img_per_s": round(args.micro_batch / seconds, 4),
+        "tokens_per_s": round(sum(lengths) / seconds, 1),
+        "model_gflop": round(flops / 1e9, 3),
+        "matmul_gflop_per_s": round(rate / 1e9, 1),
+        "mfu": round(flops / seconds / rate, 4),
+        "memory_before": round(before, 1),
+        "memory_step": round(peak - before, 1),
+        "memory_peak": round(peak, 1),
+        "split": {name: round(statistics.median(split[name] for split in splits), 4) for name in splits[0]},
+        "loss": losses[0],
+    }
+
+
+# The flags that make a case.
+CASE = (
+    *("model", "strategy", "image", "device", "dtype", "num_crops", "micro_batch", "padding_free"),
+    *("activation_checkpointing", "reference", "steps", "warmup"),
+)
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result as lines of a name, a figure and a unit."""
+    units = {
+        "seconds": "s a step",
+        "img_per_s": "images / s",
+        "tokens_per_s": "tokens / s",
+        "model_gflop": "GFLOP a step",
+        "matmul_gflop_per_s": "GFLOP / s, large matrix product",
+        "mfu": "of it",
+        "memory_before": "MiB",
+        "memory_step": "MiB above",
+        "memory_peak": "MiB",
+    }
+    lines = [f"{name:22}{result[name]:14.4g}  {unit}" for name, unit in units.items()]
+    lines += [f"  {name:20}{seconds:14.4g}  s" for name, seconds in result["split"].items()]
+    return "\n".join(lines)
+
+
+def compare(result: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
+    """Ratios of the main figures to those of another result."""
+    names = ("seconds", "img_per_s", "tokens_per_s", "mfu", "memory_step", "memory_peak")
+    return {name: round(result[name] / other[name], 3) for name in names if other[name]}
+
+
+def ratios(rounds: int, steps: int, folder: Path, model: str = "medium") -> dict[str, Any]:
+    """Product over reference in the cases of `TARGETS`, each run in a process of its own, in turns; medians over rounds."""
+    build_folder(model, folder, torch.float32)
+    found = {}
+    for (strategy, image), (most_memory, most_time) in TARGETS.items():
+        runs = {"product": [], "reference": []}
+        for _ in range(rounds):
+            for way, results in runs.items():
+                command = [sys.executable, "-m", "benchmarks.train_step", "--model", model, "--strategy", strategy]
+                command += ["--image", image, "--device", "cpu", "--dtype", "float32", "--steps", str(steps)]
+                command += ["--weights", str(folder), "--result", str(folder / "result.json")]
+                command += ["--reference"] if way == "reference" else []
+                subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+                results.append(json.loads((folder / "result.json").read_text()))
+        case = {"loss_difference": abs(runs["product"][0]["loss"] - runs["reference"][0]["loss"])}
+        for name in ("memory_step", "seconds"):
+            product, reference = (statistics.median(run[name] for run in runs[way]) for way in runs)
+            case[name] = {"product": product, "reference": reference, "ratio": round(product / reference, 3)}
+        case["memory_step"]["target"], case["seconds"]["target"] = most_memory, most_time
+        case["split"] = {way: results[0]["split"] for way, results in runs.items()}
+        found[f"{strategy} {image}"] = case
+        for name, unit in (("memory_step", "MiB"), ("seconds", "s")):
+            figures = case[name]
+            print(
+                f"{strategy} {image:8}{name:12}{figures['product']:9.4g} {unit}, reference {figures['reference']:9.4g}: "
+                f"{figures['ratio']} (target {figures['target'] or 'none'})",
+                flush=True,
+            )
+    return {"model": model, "dtype": "float32", "rounds": rounds, "steps": steps, "cases": found}
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("--strategy", choices=STRATEGIES, default="full", help="what is trained (full)")
+    options.add_argument("--image", choices=IMAGES, default="page", help="what each sample shows (page)")
+    options.add_argument("--num_crops", type=int, default=16, help="most crops of an image (16)")
+    options.add_argument("--micro_batch", type=int, default=1, help="samples a step (1)")
+    options.add_argument("--padding_free", action="store_true", help="join the samples in one row")
+    options.add_argument(
+        "--activation_checkpointing", choices=["none", "full"], default="none", help="recompute activations (none)"
+    )
+    options.add_argument("--steps", type=int, default=5, help="steps measured (5)")
+    options.add_argument("--warmup", type=int, default=1, help="steps before (1)")
+    options.add_argument("--reference", action="store_true", help="drive the model as the official code does")
+    options.add_argument("--compare", type=Path, help="result file to print the ratios to")
+    options.add_argument("--ratios", action="store_true", help="product against reference in all cases with a target")
+    options.add_argument("--rounds", type=int, default=1, help="processes of each kind for --ratios (1)")
+    options.add_argument("--result", type=Path, help="file to write")
+    args = options.parse_args()
+    args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
+    args.matmul_size = 8192 if args.device == "cuda" else 4096
+    if args.reference and (args.micro_batch > 1 or args.padding_free):
+        options.error("--reference: expected --micro_batch 1 without --padding_free, as the official code runs")
+    libraries = "torch", "transformers", "peft"
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.weights or Path(temporary)
+        if args.ratios:
+            result = provenance(*libraries) | ratios(args.rounds, args.steps, folder, args.model)
+            path = args.result or RESULTS / "train_step_ratios.json"
+            write(path, result)
+            print(f"{result['machine']} -> {path}")
+            return
+        build_folder(args.model, folder, getattr(torch, args.dtype), args.device)
+        result = provenance(*libraries) | measure(args, folder)
+    name = f"train_step_{args.model}_{args.strategy}_{args.image}{'_reference' if args.reference else ''}.json"
+    print(table(result))
+    print(json.dumps(result))
+    if args.compare:
+        print("ratios to", args.compare, json.dumps(compare(result, json.loads(args.compare.read_text()))))
+    write(args.result or RESULTS / name, result)
+
+
+if __name__ == "__main__":
+    run(main)
