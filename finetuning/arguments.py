@@ -19,6 +19,8 @@ from transformers.hf_argparser import HfArg
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 from transformers.utils import logging
 
+from phi3v.modeling_phi3_v import SDPA_PACKED
+
 from .errors import InputError
 
 ZERO2 = Path(__file__).parents[1] / "ds_configs" / "zero2.json"
@@ -194,7 +196,8 @@ class RecipeArguments(TrainingArguments):
         """The attention kernel by transformers' name."""
         if self.use_flash_attention and importlib.util.find_spec("flash_attn"):
             return "flash_attention_2"
-        return self.attn_implementation or "sdpa"
+        kernel = self.attn_implementation or "sdpa"
+        return SDPA_PACKED if self.padding_free and kernel == "sdpa" else kernel
 
     def _check_values(self):
         if not 1 <= self.num_crops <= 16:

@@ -181,8 +181,8 @@ def describe(model, args: RecipeArguments, dataset: ConversationDataset) -> str:
     steps = args.max_steps if args.max_steps > 0 else math.ceil(len(dataset) // args.batch_size * args.num_train_epochs)
     again = len(dataset) - len(dataset.rows)
     kernel = args.kernel
-    if args.use_flash_attention and kernel == "sdpa":
-        kernel = "sdpa (flash-attn is not installed: PyTorch's own flash kernel)"
+    if args.use_flash_attention and kernel.startswith("sdpa"):
+        kernel = f"{kernel} (flash-attn is not installed: PyTorch's own flash kernel)"
     engine = (
         f"DeepSpeed, {os.path.relpath(args.deepspeed)}"
         if args.deepspeed

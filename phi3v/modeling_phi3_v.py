@@ -6,8 +6,10 @@ B rows, N tokens, C crops over the whole batch, S pixels a crop side, T image to
 
 import torch
 from torch import nn
-from transformers import GenerationMixin
+from transformers import AttentionInterface, AttentionMaskInterface, GenerationMixin
 from transformers import initialization as init
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import slice_logits_to_keep
@@ -19,6 +21,24 @@ from .configuration_phi3_v import Phi3VConfig
 from .image_processing_phi3_v import count_image_tokens
 
 IGNORE_INDEX = -100
+# attn_implementation: sdpa that attends the samples of a padding-free row one by one.
+SDPA_PACKED = "sdpa_packed"
+
+
+def sdpa_packed(module, query, key, value, attention_mask, sample_lengths: list[int] | None = None, **kwargs):
+    """transformers' sdpa, (B, heads, N, head_dim) -> (B, N, heads, head_dim).
+
+    With `sample_lengths` of the one row's samples each is attended by itself. transformers would make a mask of N x N
+    instead, whose cost grows with the square of all samples together and which keeps the fast kernels from being used.
+    """
+    if sample_lengths is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    samples = zip(*(states.split(sample_lengths, dim=2) for states in (query, key, value)), strict=True)
+    return torch.cat([sdpa_attention_forward(module, *sample, None, **kwargs)[0] for sample in samples], dim=1), None
+
+
+AttentionInterface.register(SDPA_PACKED, sdpa_packed)
+AttentionMaskInterface.register(SDPA_PACKED, sdpa_mask)
 
 
 class Phi3VRotaryEmbedding(nn.Module):
@@ -251,6 +271,10 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
         if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
             # By the mask, not by the place in the row: padding must not count.
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1] :]
+        if self.config._attn_implementation == SDPA_PACKED and kwargs.get("cu_seq_lens_q") is not None:
+            # Once for all layers: on a GPU it waits for the bounds. The empty mask keeps transformers from making one.
+            kwargs["sample_lengths"] = kwargs["cu_seq_lens_q"].diff().tolist()
+            attention_mask = inputs_embeds.new_empty(0, 0, 0, 0)
         return super().forward(
             attention_mask=attention_mask,
             position_ids=position_ids,

@@ -278,6 +278,11 @@ def test_flash_attention_takes_the_best_kernel_there_is(gpu, installed, dtype):
     assert parse_args(["--no-tqdm", dtype]).kernel == "sdpa"
 
 
+def test_padding_free_rows_are_attended_sample_by_sample():
+    assert parse_args(["--no-tqdm", "--padding_free"]).kernel == "sdpa_packed"
+    assert parse_args(["--no-tqdm", "--padding_free", "--attn_implementation", "eager"]).kernel == "eager"
+
+
 def test_flash_attention_on_an_old_gpu_is_refused(gpu):
     gpu(7, "Tesla V100")
     message = refusal("--use_flash_attention")

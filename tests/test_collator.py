@@ -57,7 +57,7 @@ def check_equal(model, samples, padding_free: bool):
         assert error <= TOLERANCE * expected_gradients[name].norm() or error <= 1e-6 * total, name
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", "sdpa_packed", "eager"])
 @pytest.mark.parametrize("padding_free", [False, True], ids=["padded", "padding-free"])
 def test_a_batch_gives_what_its_samples_give_one_by_one(attention, padding_free):
     model = tiny.model(attention=attention).train()
@@ -66,11 +66,15 @@ def test_a_batch_gives_what_its_samples_give_one_by_one(attention, padding_free)
     check_equal(model, mixed()[::-1], padding_free)
 
 
-@pytest.mark.parametrize("padding_free", [False, True], ids=["padded", "padding-free"])
-def test_a_sample_past_4096_tokens_changes_nothing_for_its_neighbours(padding_free):
+@pytest.mark.parametrize(
+    ("padding_free", "attention"),
+    [(False, "sdpa"), (True, "sdpa"), (True, "sdpa_packed")],
+    ids=["padded", "padding-free", "padding-free, sample by sample"],
+)
+def test_a_sample_past_4096_tokens_changes_nothing_for_its_neighbours(padding_free, attention):
     # the real limit, beside a short sample with an image
     model = tiny.model(
-        attention="sdpa", num_hidden_layers=1, original_max_position_embeddings=4096, max_position_embeddings=131072
+        attention=attention, num_hidden_layers=1, original_max_position_embeddings=4096, max_position_embeddings=131072
     ).train()
     long = sample("word " * 900, [(60, 40)], "long")
     assert len(long["input_ids"]) > 4096
@@ -84,6 +88,21 @@ def test_samples_of_a_padding_free_row_would_see_each_other_without_their_positi
     right = model(**batch).loss.item()
     batch["position_ids"] = torch.arange(batch["input_ids"].shape[1])[None]
     assert abs(model(**batch).loss.item() - right) > 0.01
+
+
+def test_no_mask_over_all_samples_is_made_for_a_padding_free_row(monkeypatch):
+    calls = []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(query, *args, attn_mask=None, **kwargs):
+        calls.append((query.shape[2], attn_mask))
+        return attend(query, *args, attn_mask=attn_mask, **kwargs)
+
+    model = tiny.model(attention="sdpa_packed")
+    samples = [sample("Hello?"), sample("Who are you?")]
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    model(**DataCollatorForPhi3V(PAD, padding_free=True)(samples))
+    assert calls == 2 * [(len(item["input_ids"]), None) for item in samples]  # in each of two layers
 
 
 def test_end_of_text_inside_a_row_stays_attended():

@@ -45,7 +45,7 @@ def greedy_without_generate(model, text, images=None, steps: int = 8) -> torch.T
     return torch.stack(logits, 1)
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "sdpa_packed"])
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_greedy_batch_gives_what_each_row_gives_alone(attention, use_cache):
     model = tiny.model(attention=attention)

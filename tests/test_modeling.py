@@ -22,7 +22,7 @@ ONE_IMAGE = PROCESSOR("<|image_1|> what?", WIDE)
 TWO_IMAGES = PROCESSOR("<|image_2|> and <|image_1|>", [WIDE, SQUARE])
 LONG_TEXT = PROCESSOR("x " * 50)  # past the short rope's 64 tokens
 ROWS = [SHORT_TEXT, ONE_IMAGE, TWO_IMAGES, LONG_TEXT]
-BOTH_KERNELS = pytest.mark.parametrize("attention", ["eager", "sdpa"])
+KERNELS = pytest.mark.parametrize("attention", ["eager", "sdpa", "sdpa_packed"])
 
 
 def with_labels(row: dict) -> dict:
@@ -252,7 +252,7 @@ def test_no_label_at_all_gives_loss_zero_and_finite_gradients():
 # Batches: padding and packing never change a sample's result
 
 
-@BOTH_KERNELS
+@KERNELS
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padded_rows_give_the_logits_of_each_row_alone(side, attention):
     model = tiny.model(attention=attention)
@@ -262,7 +262,7 @@ def test_padded_rows_give_the_logits_of_each_row_alone(side, attention):
         torch.testing.assert_close(found[mask], model(**row).logits[0], rtol=1e-5, atol=1e-5)
 
 
-@BOTH_KERNELS
+@KERNELS
 @pytest.mark.parametrize("layout", ["packed", "left", "right"])
 def test_packed_and_padded_batches_give_the_loss_and_gradients_of_one_by_one(layout, attention):
     """Texts, one image, two images, and a row past the short rope, all in one batch."""
@@ -277,7 +277,7 @@ def test_packed_and_padded_batches_give_the_loss_and_gradients_of_one_by_one(lay
     assert_same_gradients(found, expected)
 
 
-@BOTH_KERNELS
+@KERNELS
 def test_packed_rows_give_the_logits_of_each_row_alone(attention):
     model = tiny.model(attention=attention)
     expected = torch.cat([model(**row).logits for row in ROWS], 1)
