@@ -23,8 +23,8 @@ of rank r adds 2 x tokens x r x (in + out), three times. MFU is model FLOPs a se
 product in the same process: bfloat16 on a GPU, float32 on a CPU.
 
 --reference drives the same weights as the official code does: each image padded to num_crops + 1 crops, all CLIP layers run,
-float32 logits at every position, eager attention, batch 1. --ratios runs it and the product in turns, without activation
-checkpointing, and writes benchmarks/results/train_step_ratios.json; any other call writes
+float32 logits at every position, eager attention, batch 1. --ratios runs it and the product in turns on the CPU, in bfloat16 unless
+--dtype says otherwise, without activation checkpointing, and writes benchmarks/results/train_step_ratios.json; any other call writes
 benchmarks/results/train_step_MODEL_STRATEGY_IMAGE.json (with _reference at the end), or --result.
 """
 
@@ -333,7 +333,7 @@ def compare(result: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
     return {name: round(result[name] / other[name], 3) for name in names if other[name]}
 
 
-def ratios(rounds: int, steps: int, folder: Path, model: str = "medium") -> dict[str, Any]:
+def ratios(rounds: int, steps: int, folder: Path, model: str, dtype: str) -> dict[str, Any]:
     """Product over reference in the cases of `TARGETS`, each run in a process of its own, in turns; medians over rounds."""
     build_folder(model, folder, torch.float32)
     found = {}
@@ -342,7 +342,7 @@ def ratios(rounds: int, steps: int, folder: Path, model: str = "medium") -> dict
         for _ in range(rounds):
             for way, results in runs.items():
                 command = [sys.executable, "-m", "benchmarks.train_step", "--model", model, "--strategy", strategy]
-                command += ["--image", image, "--device", "cpu", "--dtype", "float32", "--steps", str(steps)]
+                command += ["--image", image, "--device", "cpu", "--dtype", dtype, "--steps", str(steps)]
                 command += ["--weights", str(folder), "--result", str(folder / "result.json")]
                 command += ["--reference"] if way == "reference" else []
                 subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
@@ -361,7 +361,7 @@ def ratios(rounds: int, steps: int, folder: Path, model: str = "medium") -> dict
                 f"{figures['ratio']} (target {figures['target'] or 'none'})",
                 flush=True,
             )
-    return {"model": model, "dtype": "float32", "rounds": rounds, "steps": steps, "cases": found}
+    return {"model": model, "dtype": dtype, "rounds": rounds, "steps": steps, "cases": found}
 
 
 def main() -> None:
@@ -382,7 +382,8 @@ def main() -> None:
     options.add_argument("--rounds", type=int, default=1, help="processes of each kind for --ratios (1)")
     options.add_argument("--result", type=Path, help="file to write")
     args = options.parse_args()
-    args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
+    # The ratios in bfloat16 on a CPU too: it is what is trained in, and float32 logits weigh more beside it.
+    args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" or args.ratios else "float32")
     args.matmul_size = 8192 if args.device == "cuda" else 4096
     if args.reference and (args.micro_batch > 1 or args.padding_free):
         options.error("--reference: expected --micro_batch 1 without --padding_free, as the official code runs")
@@ -390,7 +391,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.weights or Path(temporary)
         if args.ratios:
-            result = provenance(*libraries) | ratios(args.rounds, args.steps, folder, args.model)
+            result = provenance(*libraries) | ratios(args.rounds, args.steps, folder, args.model, args.dtype)
             path = args.result or RESULTS / "train_step_ratios.json"
             write(path, result)
             print(f"{result['machine']} -> {path}")
