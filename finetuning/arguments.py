@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import get_type_hints
 
 import torch
+import torch.distributed as dist
 from PIL import Image
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import HfArg
@@ -173,6 +174,7 @@ class RecipeArguments(TrainingArguments):
         if self.dataloader_num_workers is None:
             local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
             self.dataloader_num_workers = max(0, min(4, len(os.sched_getaffinity(0)) // local_ranks - 1))
+        self._join_restarted()
         try:
             super().__post_init__()
         except ValueError as error:
@@ -327,6 +329,16 @@ class RecipeArguments(TrainingArguments):
             ("MASTER_PORT", 0),
         ):
             os.environ.setdefault(name, str(value))
+
+    def _join_restarted(self):
+        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        if restart == "0" or dist.is_initialized():
+            return
+        # torchrun --max_restarts: its store may still hold the addresses of the processes that are gone, and whoever starts
+        # first would connect to them (seen with torch 2.13, in three restarts of four).
+        store, rank, size = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(f"restart_{restart}", store)
+        dist.init_process_group("gloo" if self.use_cpu else "nccl", store=store, rank=rank, world_size=size)
 
     def _check_kernel(self, on_gpu: bool):
         known = ("eager", "sdpa", "flash_attention_2")
