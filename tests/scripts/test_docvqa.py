@@ -546,7 +546,10 @@ def bad(folder, base, data, request) -> dict[str, Run]:
         {name: ["--model_name_or_path", str(hollow), *SMALL_RUN, *more] for name, more in calls.items()}, home
     )
     if path := request.config.getoption("--bad-inputs"):
-        said = {name: {"status": run.status, "line": (run.errors or [""])[0]} for name, run in runs.items()}
+        said = {
+            name: {"status": run.status, "line": (run.errors or [""])[0].replace(str(folder), "DIR")}
+            for name, run in runs.items()
+        }
         write(Path(path), provenance("torch", "transformers") | {"bad_inputs": said})
     return runs
 
