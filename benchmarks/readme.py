@@ -42,7 +42,11 @@ def rows() -> list[tuple[str, str, str]]:
     rank = max(part["rank_killed"]["seconds_until_all_ended"] for part in found.values())
     checkpoint = cost["seconds_a_checkpoint"]
     return [
-        ("parity with the official code, largest deviation in float32", parity, "pytest tests/parity --parity-results"),
+        (
+            "parity with the official code, largest deviation in float32",
+            parity,
+            "pytest tests/parity --parity-results benchmarks/results/parity.json",
+        ),
         (
             "the demo: ANLS on held-out pages before and after, seconds of training",
             f"full {full['anls_before']:.2f} to {full['anls_after']:.2f} in {full['train_seconds']:.0f} s; from there {after}",

@@ -338,7 +338,8 @@ class RecipeArguments(TrainingArguments):
         # first would connect to them (seen with torch 2.13, in three restarts of four).
         store, rank, size = next(dist.rendezvous("env://"))
         store = dist.PrefixStore(f"restart_{restart}", store)
-        dist.init_process_group("gloo" if self.use_cpu else "nccl", store=store, rank=rank, world_size=size)
+        backend = self.ddp_backend or ("gloo" if self.use_cpu else "nccl")
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=self.ddp_timeout_delta)
 
     def _check_kernel(self, on_gpu: bool):
         known = ("eager", "sdpa", "flash_attention_2")

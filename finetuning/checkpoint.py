@@ -12,6 +12,7 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError, safe_open
 from torch.serialization import get_unsafe_globals_in_checkpoint
+from transformers.trainer_utils import sort_checkpoints
 
 from .arguments import RecipeArguments
 from .conversation import ConversationDataset
@@ -69,8 +70,7 @@ def _name_rows(rows: Sequence) -> str:
 
 def find_checkpoints(folder: Path) -> list[Path]:
     """checkpoint-N of a folder, newest first."""
-    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True)
+    return [Path(path) for path in reversed(sort_checkpoints(str(folder)))]
 
 
 def check_checkpoint(folder: Path, adapter: bool) -> None:
@@ -95,14 +95,16 @@ def check_checkpoint(folder: Path, adapter: bool) -> None:
             # Compares the length of the file with what its header promises.
             with safe_open(folder / file, "pt"):
                 pass
-        pickles = sorted(path for path in folder.rglob("*") if path.suffix in (".pt", ".pth"))
+        states = folder
+        if (folder / "latest").exists():
+            # The folder that DeepSpeed will read.
+            states = folder / (folder / "latest").read_text(encoding="utf-8").strip()
+            if states.resolve().parent != folder.resolve():
+                raise InputError(f"{folder / 'latest'}: expected a folder of this checkpoint, found {states.resolve()}")
+        pickles = sorted(path for path in {*folder.rglob("*"), *states.iterdir()} if path.suffix in (".pt", ".pth"))
         # A zip archive's directory stands at its end: a file that is cut short has none.
         unsafe = {path: set(get_unsafe_globals_in_checkpoint(path)) - PICKLED for path in pickles}
-        if (folder / "latest").exists():
-            states = folder / (folder / "latest").read_text(encoding="utf-8").strip()
-            if not any(states.glob("*_optim_states.pt")):
-                raise OSError(f"no optimizer states in {states.name}")
-        elif not any(folder.glob("optimizer*")):
+        if not any(states.glob("optimizer*" if states == folder else "*_optim_states.pt")):
             raise OSError("no optimizer states")
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]

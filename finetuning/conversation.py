@@ -265,10 +265,12 @@ def check_conversation(conversation: Conversation, control: Sequence[str]) -> No
         for text in (turn.user, *turn.answers):
             if not isinstance(text, str):
                 raise InputError(f"{where}, turn {number}: expected text, found {text!r}")
-            if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+            try:
+                text.encode()
+            except UnicodeEncodeError:
                 raise InputError(
                     f"{where}, turn {number}: expected Unicode text, found half a surrogate pair in {text!r}"
-                )
+                ) from None
             token = next((token for token in control if token in text), None)
             if token is not None:
                 raise InputError(

@@ -74,7 +74,9 @@ def _explain(error: Exception) -> str | None:
         return f"{first}; the checkpoints that are there are good: with the cause removed the same command goes on"
     if "EADDRINUSE" in str(error):
         return f"MASTER_PORT {os.environ.get('MASTER_PORT')} is taken by another program; choose another (torchrun --master_port)"
-    if any(text in str(error) for text in LOST_RANK) or (torch and isinstance(error, torch.distributed.DistError)):
+    # An OSError with these words is another pipe, such as that of `| head`.
+    lost = isinstance(error, RuntimeError) and any(text in str(error) for text in LOST_RANK)
+    if lost or (torch and isinstance(error, torch.distributed.DistError)):
         return f"lost contact with the other processes ({first}); what the first of them to end says is the cause"
     return None
 

@@ -50,8 +50,7 @@ class RecipeTrainer(Trainer):
             reason = next((line for line in str(error).splitlines() if line.strip()), repr(error))
             free = shutil.disk_usage(output).free / 1e9
             raise RunError(
-                f"{output / name} could not be written: {reason} ({free:.3f} GB are free there); {self._last_checkpoint()}, "
-                "from which the same command goes on"
+                f"{output / name} could not be written: {reason} ({free:.3f} GB are free there); {self._last_checkpoint()}"
             ) from error
         finally:
             self._saving, self.args.save_total_limit = False, limit
@@ -79,7 +78,11 @@ class RecipeTrainer(Trainer):
 
     def _last_checkpoint(self) -> str:
         found = find_checkpoints(Path(self.args.output_dir))
-        return f"the last good checkpoint is {found[0]}" if found else "there is no checkpoint yet"
+        return (
+            f"the last good checkpoint is {found[0]}, the same command goes on from it"
+            if found
+            else "there is no checkpoint yet"
+        )
 
     # The sum of losses since the last log belongs to the state: without it the first loss that a resumed run logs would be
     # another one. Saved and loaded with the random numbers, which are each rank's own, too.

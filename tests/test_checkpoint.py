@@ -93,6 +93,17 @@ def test_a_pickle_that_would_run_code_is_refused(checkpoint, name, capsys):
     assert "ran" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["../elsewhere", "link"])
+def test_deepspeed_reads_nothing_outside_the_checkpoint(checkpoint, name):
+    outside = checkpoint.parent / "elsewhere"
+    outside.mkdir()
+    torch.save({"state": Harmful()}, outside / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
+    (checkpoint / "link").symlink_to(outside)
+    (checkpoint / "latest").write_text(name)
+    with pytest.raises(InputError, match="expected a folder of this checkpoint"):
+        check_checkpoint(checkpoint, adapter=False)
+
+
 @pytest.fixture(autouse=True)
 def own_process(tmp_path, monkeypatch):
     yield from recipe.own_process(tmp_path, monkeypatch)

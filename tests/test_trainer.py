@@ -253,7 +253,15 @@ def test_what_ends_a_run_is_one_line(error, status, line, monkeypatch, capsys):
     assert line in said
 
 
-@pytest.mark.parametrize("error", [RuntimeError("a fault of ours"), FileNotFoundError(2, "gone"), ZeroDivisionError()])
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("a fault of ours"),
+        BrokenPipeError(errno.EPIPE, "Broken pipe"),
+        FileNotFoundError(2, "gone"),
+        ZeroDivisionError(),
+    ],
+)
 def test_a_fault_of_the_code_keeps_its_traceback(error):
     def main():
         raise error
