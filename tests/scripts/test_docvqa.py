@@ -547,7 +547,7 @@ def bad(folder, base, data, request) -> dict[str, Run]:
     )
     if path := request.config.getoption("--bad-inputs"):
         said = {
-            name: {"status": run.status, "line": (run.errors or [""])[0].replace(str(home), "DIR")}
+            name: {"status": run.status, "line": (run.errors or [""])[0].replace(str(home.parent), "DIR")}
             for name, run in runs.items()
         }
         write(Path(path), provenance("torch", "transformers") | {"bad_inputs": said})
