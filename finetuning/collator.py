@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from phi3v.image_processing_phi3_v import join
 from phi3v.modeling_phi3_v import IGNORE_INDEX
 
 
@@ -32,7 +33,7 @@ class DataCollatorForPhi3V:
         batch = self._join(features) if self.padding_free else self._pad(features)
         with_images = [feature for feature in features if "pixel_values" in feature]
         if with_images:
-            batch["pixel_values"] = torch.cat([feature["pixel_values"] for feature in with_images])
+            batch["pixel_values"] = join([feature["pixel_values"] for feature in with_images])
             batch["image_sizes"] = torch.cat([feature["image_sizes"] for feature in with_images])
         # For messages; `RecipeTrainer` takes them out before the model sees the batch.
         batch["ids"] = [feature["id"] for feature in features]

@@ -224,12 +224,16 @@ def encode_conversation(
     _check_length(len(ids), max_length, where)
     encoded = {"id": conversation.id, "input_ids": ids, "labels": label_answers(ids, processor)}
     if images:
-        crop_area = processor.image_processor.crop_size**2
-        crops = features["pixel_values"].split([1 + h * w // crop_area for h, w in features["image_sizes"].tolist()])
+        encoded["pixel_values"], encoded["image_sizes"] = features["pixel_values"], features["image_sizes"]
         text = "\n".join(message["content"] for message in to_messages(conversation, answers))
         order = [number - 1 for number in find_tags(text, len(images))]
-        encoded["pixel_values"] = torch.cat([crops[index] for index in order])
-        encoded["image_sizes"] = features["image_sizes"][order]
+        if order != list(range(len(images))):
+            crop_area = processor.image_processor.crop_size**2
+            crops = features["pixel_values"].split(
+                [1 + h * w // crop_area for h, w in features["image_sizes"].tolist()]
+            )
+            encoded["pixel_values"] = torch.cat([crops[index] for index in order])
+            encoded["image_sizes"] = features["image_sizes"][order]
     return encoded
 
 

@@ -8,6 +8,8 @@ from transformers.image_processing_base import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import TensorType
 
+from .image_processing_phi3_v import join
+
 IMAGE_TAG = re.compile(r"<\|image_(\d+)\|>")
 IMAGE_TOKEN = "<|image|>"
 
@@ -165,7 +167,7 @@ class Phi3VProcessor(ProcessorMixin):
         )
         data = dict(data)
         if crops:
-            pixels, image_sizes = torch.cat(crops), torch.stack(sizes)
+            pixels, image_sizes = join(crops), torch.stack(sizes)
             if return_tensors is not None and TensorType(return_tensors) == TensorType.NUMPY:
                 pixels, image_sizes = pixels.numpy(), image_sizes.numpy()
             data |= {"pixel_values": pixels, "image_sizes": image_sizes}

@@ -135,7 +135,7 @@ def test_preprocess_counts_the_workers(tmp_path):
     for case in cases.values():
         needed = 1000 * (case["seconds"] + case["decoding_seconds"])
         assert needed - 0.1 <= case["workers"] <= needed + 1.1
-        assert case["ratio"] == pytest.approx(case["official_seconds_given"] / case["seconds"], rel=0.05)
+        assert case["ratio"] == pytest.approx(case["reference_seconds"] / case["seconds"], rel=0.05)
 
 
 def test_evaluate_answers_with_both_batches(folder, tmp_path):
