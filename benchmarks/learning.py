@@ -247,7 +247,7 @@ TASKS = {
 HELD_OUT_ROWS = 384  # with the rows to train on a multiple of what each task balances
 FLAGS = (
     *("--batch_size", "16", "--batch_size_per_gpu", "8", "--num_crops", "1", "--learning_rate", "2e-3"),
-    *("--activation_checkpointing", "False", "--save_strategy", "no", "--logging_steps", "25", "--no-tqdm"),
+    *("--recompute", "none", "--save_strategy", "no", "--logging_steps", "25", "--no-tqdm"),
     *("--per_device_eval_batch_size", "36", "--max_new_tokens", "16"),
 )
 

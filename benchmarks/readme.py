@@ -1,4 +1,4 @@
-"""Writes the README's table of what was measured from the result files; a test holds the two together.
+"""Writes the README's tables of what was measured from the result files; a test holds the two together.
 
 python -m benchmarks.readme
 """
@@ -9,7 +9,7 @@ from typing import Any
 
 from .record import RESULTS, ROOT
 
-BEGIN, END = "<!-- made by `python -m benchmarks.readme` -->\n", "<!-- end -->\n"
+END = "<!-- end -->\n"
 
 
 def load(name: str) -> dict[str, Any]:
@@ -76,15 +76,80 @@ def rows() -> list[tuple[str, str, str]]:
     ]
 
 
-def table() -> str:
-    lines = [f"| {what} | {result} | `{command}` |" for what, result, command in rows()]
+def speed() -> list[tuple[str, str, str]]:
+    """As `rows`, of speed and memory."""
+    cases, command = load("train_step_ratios")["cases"], "python -m benchmarks.train_step --ratios"
+    names = {
+        "full photo": "full fine-tuning, a 640 x 480 photo",
+        "frozen photo": "frozen vision, the same photo",
+        "full meme": "full fine-tuning, a 200 x 200 meme",
+    }
+    found = [
+        (
+            f"training step against the official way: {what}",
+            f"{cases[name]['seconds']['ratio']:.2f} of its time, {cases[name]['memory_step']['ratio']:.2f} of its memory",
+            command,
+        )
+        for name, what in names.items()
+    ]
+    images = load("preprocess")["cases"]
+    for name, what in (("page", "1700 x 2200 page, 16 crops"), ("photo", "640 x 480 photo, 4 crops")):
+        case = images[name]
+        found.append(
+            (
+                f"images prepared a second on one core: {what}; the official steps in the same run",
+                f"{case['img_per_s']:.1f}; {1 / case['reference_seconds']:.1f}",
+                "python -m benchmarks.preprocess",
+            )
+        )
+    mixed = load("epoch")
+    tokens, padded = mixed["tokens"], mixed["tokens_padded"]
+    found.append(
+        (
+            f"an epoch of samples of 10 to 2,500 tokens ({tokens:,} in all, {padded:,} when padded), micro-batches of 8",
+            f"padding-free in {mixed['ratio']:.2f} of the time of padded",
+            "python -m benchmarks.epoch",
+        )
+    )
+    answers = load("evaluate")
+    for name, case in answers["cases"].items():
+        found.append(
+            (
+                f"answers of {answers['given']['new_tokens']} tokens a second, {answers['given']['batch']} at once: {name}s",
+                f"{case['ratio']:.2f} times those one by one",
+                "python -m benchmarks.evaluate",
+            )
+        )
+    scaling = load("scaling")["measured"]
+    efficiency = ", ".join(f"{name} {case['efficiency']:.2f}" for name, case in scaling.items())
+    found.append(("efficiency of two processes with one core each", efficiency, "python -m benchmarks.scaling"))
+    return found
+
+
+def levers() -> str:
+    lines = ["| lever | time | memory | |", "|---|---|---|---|"]
+    for entry in load("levers")["levers"][1:]:
+        lines.append(f"| {entry['lever']} | {entry['time']:.2f} | {entry['memory']:.2f} | {entry['verdict']} |")
+    return "\n".join((*lines, ""))
+
+
+def table(found: list[tuple[str, str, str]]) -> str:
+    lines = [f"| {what} | {result} | `{command}` |" for what, result, command in found]
     return "\n".join(("| what | result | command |", "|---|---|---|", *lines, ""))
+
+
+def tables() -> dict[str, str]:
+    """Each table by the line of the README under which it stands."""
+    begin = "<!-- {} made by `python -m benchmarks.readme` -->\n"
+    made = {"table": table(rows()), "speed": table(speed()), "levers": levers()}
+    return {begin.format(name): text for name, text in made.items()}
 
 
 def main() -> None:
     path = ROOT / "README.md"
-    before, rest = path.read_text(encoding="utf-8").split(BEGIN)
-    path.write_text(before + BEGIN + table() + END + rest.split(END)[1], encoding="utf-8")
+    for begin, text in tables().items():
+        before, rest = path.read_text(encoding="utf-8").split(begin)
+        path.write_text(before + begin + text + END + rest.split(END, 1)[1], encoding="utf-8")
 
 
 if __name__ == "__main__":

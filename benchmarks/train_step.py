@@ -10,26 +10,26 @@ A step is forward, backward, clipping and fused AdamW on one micro-batch of imag
 answer; random weights, one process. Medians over the steps after a warm-up. Preparing the data is timed apart: workers do it
 meanwhile.
 
-Units: images and tokens for each second of a step (img_per_s, tokens_per_s); seconds of each part (split); MiB. On a GPU
-memory_step is the peak of torch's allocations above what was allocated before the step (weights and optimizer states),
-memory_peak that peak itself; on a CPU the same of the process' resident memory, after what is free was given back.
-One process measures one case.
+Units: images and tokens for each second of a step (img_per_s, tokens_per_s); seconds of each part (split); MiB. memory_step is
+the peak of torch's allocations within a step, above what was allocated before it (weights, optimizer states): on a GPU by the
+allocator's own count, on a CPU in one more step under torch's profiler. memory_peak is that peak with what was there before; on
+a CPU the most resident memory that the process has had. One process measures one case.
 
 Model FLOPs are those that the training needs, whoever computes more (recomputation, padding, unused layers, other logits):
 2 a multiply-add. A linear layer takes 2 x tokens x in x out, a causal attention 2 x tokens^2 x width, CLIP's 4 x tokens^2 x
 width; counted are real crops, the CLIP layers that are used, and lm_head at the labels. The backward pass takes as much
 again for the gradient of the input and as much for that of a trained weight; nothing for a frozen vision part. A LoRA pair
 of rank r adds 2 x tokens x r x (in + out), three times. MFU is model FLOPs a second over the rate of a large square matrix
-product in the same process: bfloat16 on a GPU, float32 on a CPU.
+product in the same process and dtype.
 
 --reference drives the same weights as the official code does: each image padded to num_crops + 1 crops, all CLIP layers run,
-float32 logits at every position, eager attention, batch 1. --ratios runs it and the product in turns on the CPU, in bfloat16 unless
---dtype says otherwise, without activation checkpointing, and writes benchmarks/results/train_step_ratios.json; any other call writes
-benchmarks/results/train_step_MODEL_STRATEGY_IMAGE.json (with _reference at the end), or --result.
+float32 logits at every position, eager attention, batch 1; --with gives it single levers of `LEVERS`. --ratios runs it and the
+product in turns on the CPU, in bfloat16 unless --dtype says otherwise, without recomputed layers, and writes
+benchmarks/results/train_step_ratios.json; any other call writes benchmarks/results/train_step_MODEL_STRATEGY_IMAGE.json (with
+_reference at the end), or --result.
 """
 
 import argparse
-import ctypes
 import json
 import re
 import statistics
@@ -37,18 +37,23 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
+from transformers import Trainer
 
 from finetuning.collator import DataCollatorForPhi3V
 from finetuning.conversation import encode_conversation
-from finetuning.errors import run
-from finetuning.strategy import load_model, load_processor
-from phi3v import Phi3VConfig
+from finetuning.errors import RunError, run
+from finetuning.strategy import keep_text_activations, load_model, load_processor
+from phi3v import Phi3VConfig, modeling_phi3_v
 
 from .models import IMAGES, STRATEGIES, base_of, build_folder, parser, recipe_arguments, sample
 from .record import RESULTS, ROOT, provenance, write
@@ -60,6 +65,11 @@ TARGETS = {
     ("frozen", "photo"): (0.2, 0.7),
     ("full", "meme"): (None, None),
 }
+
+
+# What `--reference --with` may take over from the product: only real crops, CLIP cut at the used layer, logits at the labels
+# alone, the fused attention, elementwise operations recomputed.
+LEVERS = ("crops", "layers", "labels", "sdpa", "elementwise")
 
 
 def step_flops(
@@ -111,9 +121,9 @@ def step_flops(
     return {"forward": forward, "step": forward + backward}
 
 
-def matmul_rate(device: str, size: int) -> float:
-    """FLOP/s of a product of two square matrices, bfloat16 on a GPU and float32 on a CPU; the best of several."""
-    factor = torch.randn(size, size, device=device, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
+def matmul_rate(device: str, dtype: torch.dtype, size: int) -> float:
+    """FLOP/s of a product of two square matrices; the best of several."""
+    factor = torch.randn(size, size, device=device, dtype=dtype)
     best = float("inf")
     for _ in range(20 if device == "cuda" else 4):
         start = _now(device)
@@ -153,25 +163,20 @@ class Clock:
         return seconds
 
 
-class Memory:
-    """Bytes in use before a step, and at most within it."""
-
-    def __init__(self, device: str):
-        self.device = device
-        if device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            self.before = torch.cuda.memory_allocated()
-        else:
-            ctypes.CDLL(None).malloc_trim(0)
-            Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-            self.before = self._resident("VmRSS")
-
-    def peak(self) -> int:
-        return torch.cuda.max_memory_allocated() if self.device == "cuda" else self._resident("VmHWM")
-
-    @staticmethod
-    def _resident(name: str) -> int:
-        return int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+def peak_memory(device: str, step: Callable[[], object]) -> int:
+    """Most bytes that torch allocates within `step`, above what was allocated before it."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    with tempfile.NamedTemporaryFile(suffix=".json") as file:
+        profiler.export_chrome_trace(file.name)
+        events = json.loads(Path(file.name).read_text())["traceEvents"]
+    return max(event["args"]["Total Allocated"] for event in events if event["name"] == "[memory]")
 
 
 def product_loss(model, batch: dict[str, Any], clock: Clock) -> torch.Tensor:
@@ -190,16 +195,19 @@ def product_loss(model, batch: dict[str, Any], clock: Clock) -> torch.Tensor:
     return loss
 
 
-def reference_loss(model, batch: dict[str, Any], clock: Clock) -> torch.Tensor:
-    """The same loss as the official code arrives at it; `batch` holds the padded crops of one image."""
+def reference_loss(model, batch: dict[str, Any], clock: Clock, levers: Sequence[str] = ()) -> torch.Tensor:
+    """The same loss as the official code arrives at it; `batch` holds the crops of one image, `levers` are some of `LEVERS`."""
     base = base_of(model)
     embedding = base.model.vision_embed_tokens
     inputs = base.model.embed_tokens(batch["input_ids"])
     clock.mark("language model")
-    clip = embedding.img_processor.vision_model
-    found = clip(batch["pixel_values"].flatten(0, 1), output_hidden_states=True)
-    merged = embedding._merge(found.hidden_states[-2][:, 1:])
-    del found
+    tower = embedding.img_processor
+    pixels = batch["pixel_values"].flatten(0, 1)
+    if "layers" in levers:
+        patches = tower(pixels)
+    else:
+        patches = tower.vision_model(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+    merged = embedding._merge(patches)
     ((height, width),) = batch["image_sizes"].tolist()
     rows, columns = height // embedding.crop_size, width // embedding.crop_size
     crops, view = (
@@ -212,10 +220,13 @@ def reference_loss(model, batch: dict[str, Any], clock: Clock) -> torch.Tensor:
     inputs = inputs.masked_scatter(is_image[..., None], features.to(inputs.dtype))
     hidden = base.model(inputs_embeds=inputs, attention_mask=batch["attention_mask"], use_cache=False).last_hidden_state
     clock.mark("language model")
-    logits = base.lm_head(hidden).float()
-    # The copy is what models of 2024 make, too.
-    shifted = logits[:, :-1].contiguous().flatten(0, 1)
-    loss = nn.functional.cross_entropy(shifted, batch["labels"][:, 1:].flatten())
+    if "labels" in levers:
+        loss = base._loss(hidden, batch["labels"], None)
+    else:
+        logits = base.lm_head(hidden).float()
+        # The copy is what models of 2024 make, too.
+        shifted = logits[:, :-1].contiguous().flatten(0, 1)
+        loss = nn.functional.cross_entropy(shifted, batch["labels"][:, 1:].flatten())
     clock.mark("loss")
     return loss
 
@@ -229,39 +240,46 @@ def pad_crops(pixel_values: torch.Tensor, num_crops: int) -> torch.Tensor:
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Runs one case in this process; `args` are the command's. Returns what the result file holds."""
     bf16 = args.dtype == "bfloat16"
-    flags = ["--num_crops", str(args.num_crops), "--batch_size_per_gpu", str(args.micro_batch)]
+    flags = ["--num_crops", str(args.num_crops), "--batch_size_per_gpu", str(args.micro_batch), "--optim", args.optim]
     flags += (["--bf16"] if bf16 else ["--fp16", "False"]) + (["--padding_free"] if args.padding_free else [])
+    flags += ["--torch_compile"] if args.compile else []
     recipe = recipe_arguments(folder, args.strategy, *flags)
     if args.device == "cpu":
         recipe.use_cpu = True
     processor, model = load_processor(recipe), load_model(recipe).train()
+    if args.float32_weights:
+        model.float()
     loss_of = product_loss
     if args.reference:
-        base_of(model).set_attn_implementation("eager")
-        loss_of = reference_loss
-    if args.activation_checkpointing == "full":
+        base_of(model).set_attn_implementation("sdpa" if "sdpa" in args.with_ else "eager")
+        loss_of = partial(reference_loss, levers=args.with_)
+        if "elementwise" not in args.with_:
+            keep = patch.object(modeling_phi3_v, "_recomputed", lambda function, *inputs: function(*inputs))
+            loss_of = keep(loss_of)
+    if args.recompute != "none":
         model.activation_checkpointing_enable()
+    if args.recompute == "vision":
+        keep_text_activations(model)
     collate = DataCollatorForPhi3V(processor.tokenizer.pad_token_id, args.padding_free)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(
-        trained, lr=1e-5, betas=(0.9, 0.95), eps=1e-7, weight_decay=recipe.weight_decay, fused=True
-    )
-    splits, memory, losses = [], [], []
-    for step in range(args.warmup + args.steps):
-        start = time.perf_counter()
-        numbers = range(step * args.micro_batch, (step + 1) * args.micro_batch)
+    kind, options = Trainer.get_optimizer_cls_and_kwargs(recipe, model)
+    optimizer = kind(trained, weight_decay=recipe.weight_decay, **options)
+
+    def prepare(number: int) -> tuple[dict[str, Any], list[int], int]:
+        numbers = range(number * args.micro_batch, (number + 1) * args.micro_batch)
         features = [encode_conversation(sample(args.image, number), processor) for number in numbers]
         batch = collate(features)
         del batch["ids"]
-        data = time.perf_counter() - start
         crops = len(batch["pixel_values"])
         if args.reference:
-            batch["pixel_values"] = pad_crops(batch["pixel_values"], args.num_crops)
-        batch = {
-            name: value.to(args.device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()
-        }
+            padded = crops - 1 if "crops" in args.with_ else args.num_crops
+            batch["pixel_values"] = pad_crops(batch["pixel_values"], padded)
+        lengths = [len(feature["input_ids"]) for feature in features]
+        return {n: v.to(args.device) if torch.is_tensor(v) else v for n, v in batch.items()}, lengths, crops
+
+    def step(batch: dict[str, Any]) -> tuple[dict[str, float], float]:
         optimizer.zero_grad(set_to_none=True)
-        used, clock = Memory(args.device), Clock(args.device)
+        clock = Clock(args.device)
         with torch.autocast(args.device, torch.bfloat16) if bf16 else nullcontext():
             loss = loss_of(model, batch, clock)
         loss.backward()
@@ -269,20 +287,29 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         clock.mark("optimizer")
-        if step >= args.warmup:
-            splits.append({"data": data, **clock.split()})
-            memory.append((used.before, used.peak()))
-        losses.append(loss.item())
-        del loss
+        split = clock.split()
+        return split, loss.item()
+
+    splits, losses = [], []
+    for number in range(args.warmup + args.steps):
+        start = time.perf_counter()
+        batch, lengths, crops = prepare(number)
+        data = time.perf_counter() - start
+        split, loss = step(batch)
+        losses.append(loss)
+        if number >= args.warmup:
+            splits.append({"data": data, **split})
+    resident = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    peak = torch.cuda.max_memory_allocated() if args.device == "cuda" else int(resident[1]) * 1024
+    optimizer.zero_grad(set_to_none=True)
+    memory = peak_memory(args.device, lambda: step(batch))
     seconds = statistics.median(sum(split.values()) - split["data"] for split in splits)
-    lengths = [len(feature["input_ids"]) for feature in features]
     labels = int((batch["labels"][:, 1:] != -100).sum())
     flops = step_flops(base_of(model).config, lengths, crops, labels, args.strategy, recipe.lora_rank)["step"]
-    rate = matmul_rate(args.device, args.matmul_size)
-    before, peak = (statistics.median(column) / MIB for column in zip(*memory, strict=True))
+    rate = matmul_rate(args.device, getattr(torch, args.dtype), args.matmul_size)
     return {
         "case": {name: value for name, value in vars(args).items() if name in CASE},
-        "kernel": "eager" if args.reference else recipe.kernel,
+        "kernel": base_of(model).config._attn_implementation,
         "device": torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads",
         "parameters": sum(parameter.numel() for parameter in base_of(model).parameters()),
         "trained_parameters": sum(parameter.numel() for parameter in trained),
@@ -294,9 +321,8 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "model_gflop": round(flops / 1e9, 3),
         "matmul_gflop_per_s": round(rate / 1e9, 1),
         "mfu": round(flops / seconds / rate, 4),
-        "memory_before": round(before, 1),
-        "memory_step": round(peak - before, 1),
-        "memory_peak": round(peak, 1),
+        "memory_step": round(memory / MIB, 1),
+        "memory_peak": round(peak / MIB, 1),
         "split": {name: round(statistics.median(split[name] for split in splits), 4) for name in splits[0]},
         "loss": losses[0],
     }
@@ -305,7 +331,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 # The flags that make a case.
 CASE = (
     *("model", "strategy", "image", "device", "dtype", "num_crops", "micro_batch", "padding_free"),
-    *("activation_checkpointing", "reference", "steps", "warmup"),
+    *("recompute", "compile", "optim", "float32_weights", "reference", "with_", "steps", "warmup"),
 )
 
 
@@ -318,8 +344,7 @@ def table(result: dict[str, Any]) -> str:
         "model_gflop": "GFLOP a step",
         "matmul_gflop_per_s": "GFLOP / s, large matrix product",
         "mfu": "of it",
-        "memory_before": "MiB",
-        "memory_step": "MiB above",
+        "memory_step": "MiB above what was there before",
         "memory_peak": "MiB",
     }
     lines = [f"{name:22}{result[name]:14.4g}  {unit}" for name, unit in units.items()]
@@ -333,20 +358,30 @@ def compare(result: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
     return {name: round(result[name] / other[name], 3) for name in names if other[name]}
 
 
+def run_case(folder: Path, *flags: str) -> dict[str, Any] | None:
+    """Result of one case in a process of its own, with the model in `folder`; None if it runs out of a GPU's memory."""
+    result = folder / "result.json"
+    command = [sys.executable, "-m", "benchmarks.train_step", *flags, "--weights", str(folder), "--result", str(result)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode and "out of memory" in done.stderr:
+        return None
+    if done.returncode:
+        raise RunError(f"{' '.join(command)} ended with exit status {done.returncode}: {done.stderr[-2000:]}")
+    return json.loads(result.read_text())
+
+
 def ratios(rounds: int, steps: int, folder: Path, model: str, dtype: str) -> dict[str, Any]:
     """Product over reference in the cases of `TARGETS`, each run in a process of its own, in turns; medians over rounds."""
     build_folder(model, folder, torch.float32)
     found = {}
     for (strategy, image), (most_memory, most_time) in TARGETS.items():
+        flags = ["--model", model, "--strategy", strategy, "--image", image, "--device", "cpu", "--dtype", dtype]
         runs = {"product": [], "reference": []}
         for _ in range(rounds):
             for way, results in runs.items():
-                command = [sys.executable, "-m", "benchmarks.train_step", "--model", model, "--strategy", strategy]
-                command += ["--image", image, "--device", "cpu", "--dtype", dtype, "--steps", str(steps)]
-                command += ["--weights", str(folder), "--result", str(folder / "result.json")]
-                command += ["--reference"] if way == "reference" else []
-                subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-                results.append(json.loads((folder / "result.json").read_text()))
+                results.append(
+                    run_case(folder, *flags, "--steps", str(steps), *(["--reference"] * (way == "reference")))
+                )
         case = {"loss_difference": abs(runs["product"][0]["loss"] - runs["reference"][0]["loss"])}
         for name in ("memory_step", "seconds"):
             product, reference = (statistics.median(run[name] for run in runs[way]) for way in runs)
@@ -372,11 +407,17 @@ def main() -> None:
     options.add_argument("--micro_batch", type=int, default=1, help="samples a step (1)")
     options.add_argument("--padding_free", action="store_true", help="join the samples in one row")
     options.add_argument(
-        "--activation_checkpointing", choices=["none", "full"], default="none", help="recompute activations (none)"
+        "--recompute", choices=["none", "vision", "full"], default="none", help="layers computed again (none)"
     )
     options.add_argument("--steps", type=int, default=5, help="steps measured (5)")
     options.add_argument("--warmup", type=int, default=1, help="steps before (1)")
     options.add_argument("--reference", action="store_true", help="drive the model as the official code does")
+    options.add_argument("--with", dest="with_", nargs="+", choices=LEVERS, default=[], help="levers for --reference")
+    options.add_argument("--compile", action="store_true", help="torch.compile of the layers")
+    options.add_argument(
+        "--optim", default="adamw_torch_fused", help="the Trainer's name of the optimizer (fused AdamW)"
+    )
+    options.add_argument("--float32_weights", action="store_true", help="float32 weights under autocast")
     options.add_argument("--compare", type=Path, help="result file to print the ratios to")
     options.add_argument("--ratios", action="store_true", help="product against reference in all cases with a target")
     options.add_argument("--rounds", type=int, default=1, help="processes of each kind for --ratios (1)")

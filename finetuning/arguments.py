@@ -42,6 +42,7 @@ GROUPS = {
         "adam_beta2",
         "adam_epsilon",
         "max_grad_norm",
+        "recompute",
     ],
     "evaluation": ["eval_split", "eval_size", "per_device_eval_batch_size", "max_new_tokens"],
     "output": ["output_dir", "save_steps", "save_total_limit", "resume_from_checkpoint", "overwrite_output_dir", "on_nonfinite", "disable_tqdm"],
@@ -113,6 +114,12 @@ class RecipeArguments(TrainingArguments):
     adam_beta2: float = HfArg(default=0.95, help="AdamW beta 2")
     adam_epsilon: float = HfArg(default=1e-7, help="AdamW epsilon")
     max_grad_norm: float = HfArg(default=1.0, help="gradients are clipped to this norm")
+    recompute: str = HfArg(
+        default="full",
+        help="layers whose activations are computed again in the backward pass, to save memory: full, vision or none; "
+        "'--activation_checkpointing_kwargs {\"every_n_layers\": 2}' takes every second one",
+        metadata={"choices": ["full", "vision", "none"]},
+    )
 
     eval_split: str | None = HfArg(
         default=None, help="split of --data_dir that is answered, such as val or test (default: the task's usual one)"
@@ -148,9 +155,6 @@ class RecipeArguments(TrainingArguments):
     logging_first_step: bool = _switch(True, "log the first step too")
     # A synchronisation of the GPU in each micro-batch, to hide a nan in the log.
     logging_nan_inf_filter: bool = _switch(False, "leave nan and inf out of the logged loss")
-    activation_checkpointing: bool | None = _switch(
-        None, "recompute activations in the backward pass to save memory (default: true)"
-    )
     # The forward pass decides by itself; this only keeps the Trainer from writing `use_cache: false` into config.json.
     use_cache: bool = _switch(True, "value of use_cache in the saved config.json")
     # The dataset's rows are not columns of tensors, and the model never leaves a trainable parameter unused.
@@ -169,11 +173,13 @@ class RecipeArguments(TrainingArguments):
         self._settle_batch()
         self._settle_strategy()
         self._check_output_dir()
-        if self.activation_checkpointing is None and self.gradient_checkpointing is None:
-            self.activation_checkpointing = True
+        if False in (self.activation_checkpointing, self.gradient_checkpointing):
+            self.recompute = "none"
+        self.activation_checkpointing, self.gradient_checkpointing = self.recompute != "none", None
         if self.dataloader_num_workers is None:
             local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
             self.dataloader_num_workers = max(0, min(4, len(os.sched_getaffinity(0)) // local_ranks - 1))
+        self._settle_compilation()
         self._join_restarted()
         try:
             super().__post_init__()
@@ -230,6 +236,10 @@ class RecipeArguments(TrainingArguments):
             value = getattr(self, name)
             if not 0 <= value < 1:
                 raise InputError(f"--{name} {value}: expected a number from 0 to below 1")
+        if self.use_liger_kernel:
+            raise InputError(
+                "--use_liger_kernel: expected it left out, it does not know this model; --torch_compile fuses the same operations"
+            )
         trackers = ["none", "all", *get_available_reporting_integrations()]
         if self.report_to not in trackers:
             raise InputError(
@@ -329,6 +339,17 @@ class RecipeArguments(TrainingArguments):
             ("MASTER_PORT", 0),
         ):
             os.environ.setdefault(name, str(value))
+
+    def _settle_compilation(self):
+        """`compile_options` for the layers, which `load_model` compiles; None without --torch_compile."""
+        self.compile_options = None
+        if self.torch_compile or self.torch_compile_backend or self.torch_compile_mode:
+            self.compile_options = {
+                "backend": self.torch_compile_backend or "inductor",
+                "mode": self.torch_compile_mode,
+            }
+        # The Trainer would compile the whole model: images and packed samples, of other sizes in each step, break it.
+        self.torch_compile, self.torch_compile_backend, self.torch_compile_mode = False, None, None
 
     def _join_restarted(self):
         restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")

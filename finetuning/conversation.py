@@ -340,6 +340,8 @@ class ConversationDataset(torch.utils.data.Dataset):
     ):
         self.rows, self.to_conversation, self.processor = rows, to_conversation, processor
         self.max_length, self.seed, self.batch_size = max_length, seed, batch_size
+        # Of the rows, in tokens, with their longest answers; `check` counts them.
+        self.lengths: list[int] | None = None
         # In shared memory, so that workers that live on from epoch to epoch see it too.
         self._epoch = torch.zeros((), dtype=torch.long).share_memory_()
 
@@ -351,38 +353,49 @@ class ConversationDataset(torch.utils.data.Dataset):
         return -(-len(self.rows) // self.batch_size) * self.batch_size
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        epoch = int(self._epoch)
-        if not 0 <= index < len(self):
-            raise IndexError(f"row {index} of {len(self)}")
-        if index >= len(self.rows):
-            index = (index + epoch * (len(self) - len(self.rows))) % len(self.rows)
-        conversation = self.to_conversation(self.rows[index])
+        conversation = self.to_conversation(self.rows[self._row(index)])
         try:
-            return encode_conversation(conversation, self.processor, self.max_length, epoch, self.seed)
+            return encode_conversation(conversation, self.processor, self.max_length, int(self._epoch), self.seed)
         except InputError:
             raise
         except Exception as error:
             # A worker's traceback alone does not say which row it was.
             raise RuntimeError(f"sample {conversation.id} cannot be encoded: {error!r}") from error
 
+    def length(self, index: int) -> int:
+        """Length in tokens, with its longest answers, of the row that `index` stands for in this epoch, see `check`."""
+        return self.lengths[self._row(index)]
+
+    def _row(self, index: int) -> int:
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        if index < len(self.rows):
+            return index
+        return (index + int(self._epoch) * (len(self) - len(self.rows))) % len(self.rows)
+
     def check(self) -> None:
-        """Checks all rows before a model is loaded, each rank its share: texts, tags, image headers, lengths.
+        """Checks all rows before a model is loaded, each rank its share: texts, tags, image headers, lengths, which are kept.
 
         Raises:
             InputError: for the first row that cannot be used, on every rank.
         """
-        state, found = PartialState(), []
+        state, found, lengths = PartialState(), [], []
         for index in range(state.process_index, len(self.rows), state.num_processes):
             try:
-                self._check_row(index)
+                lengths.append(self._check_row(index))
             except InputError as error:
                 found.append((index, str(error)))
                 break
         found = gather_object(found)
         if found:
             raise InputError(min(found)[1])
+        shares = gather_object([lengths])
+        self.lengths = [0] * len(self.rows)
+        for rank, share in enumerate(shares):
+            self.lengths[rank :: len(shares)] = share
 
-    def _check_row(self, index: int) -> None:
+    def _check_row(self, index: int) -> int:
+        """Returns the row's length in tokens, with its longest answers."""
         row = self.rows[index]
         try:
             conversation = self.to_conversation(row)
@@ -397,6 +410,7 @@ class ConversationDataset(torch.utils.data.Dataset):
         except InputError as error:
             raise InputError(f"sample {conversation.id}: {error}") from None
         _check_length(length, self.max_length, f"sample {conversation.id}")
+        return length
 
 
 class StartEpoch(TrainerCallback):

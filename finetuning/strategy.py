@@ -12,6 +12,7 @@ import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoProcessor, BitsAndBytesConfig, PreTrainedModel, TrainerCallback, set_seed
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
 from phi3v import Phi3VConfig, Phi3VForCausalLM, Phi3VProcessor
@@ -120,6 +121,11 @@ def load_model(args: RecipeArguments) -> PreTrainedModel:
             # On a CPU, bitsandbytes packs the weights for inference as soon as the model answers once, and every later
             # training step would silently lose its gradients: the packed product has no backward pass.
             module.support_avx512bf16_for_cpu = False
+    if args.compile_options:
+        for module in model.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                # In place, so that all names stay; one compilation serves all layers of a kind.
+                module.compile(dynamic=True, **args.compile_options)
     # The last CLIP layer is never run: it would wait for gradients that never come.
     _unused(model).requires_grad_(False)
     if args.freeze_vision_model:
@@ -160,6 +166,16 @@ def part_of(name: str) -> str:
     return "projector" if ".vision_embed_tokens." in name else "language model"
 
 
+def keep_text_activations(model) -> None:
+    """`--recompute vision`: of the layers chosen by `activation_checkpointing_enable`, drops those of the language model.
+
+    With a page the vision tower's activations take as much memory as the language model's, for a third of its FLOPs.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, GradientCheckpointingLayer) and part_of(name) == "language model":
+            module.gradient_checkpointing = False
+
+
 def describe(model, args: RecipeArguments, dataset: ConversationDataset) -> str:
     """What will be trained, and how, as a table to print before training."""
     counts = defaultdict(lambda: [0, 0, set()])
@@ -192,7 +208,7 @@ def describe(model, args: RecipeArguments, dataset: ConversationDataset) -> str:
     )
     lines += [
         f"strategy         {args.strategy}; {engine}",
-        f"device           {_device_name(args)}; compute {str(args.compute_dtype).removeprefix('torch.')}; attention {kernel}",
+        f"device           {_device_name(args)}; compute {str(args.compute_dtype).removeprefix('torch.')}; attention {kernel}; recomputed: {args.recompute}",
         f"effective batch  {args.batch_size} = {ranks} rank(s) x {micro} micro-batch x {args.gradient_accumulation_steps} accumulation",
         f"steps            {steps}, the first {args.get_warmup_steps(steps)} of them warm-up",
         f"rows             {len(dataset.rows)}"

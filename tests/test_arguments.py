@@ -306,6 +306,45 @@ def test_flash_attn_that_is_asked_for_by_name_must_be_installed(installed):
     assert "sdpa" in refusal("--attn_implementation", "flash_attention_2")
 
 
+# ---- recomputation, compilation
+
+
+@pytest.mark.parametrize(
+    ("flags", "recompute", "checkpointing"),
+    [
+        ([], "full", True),
+        (["--recompute", "vision"], "vision", True),
+        (["--recompute", "none"], "none", False),
+        (["--activation_checkpointing", "False"], "none", False),
+        (["--gradient_checkpointing", "False"], "none", False),
+        (["--activation_checkpointing"], "full", True),
+    ],
+    ids=call,
+)
+def test_recomputation_by_its_name_or_the_trainers(flags, recompute, checkpointing):
+    args = parse_args(flags)
+    assert args.recompute == recompute
+    assert args.activation_checkpointing is checkpointing
+
+
+@pytest.mark.parametrize(
+    ("flags", "options"),
+    [
+        ([], None),
+        (["--torch_compile"], {"backend": "inductor", "mode": None}),
+        (["--torch_compile_backend", "aot_eager"], {"backend": "aot_eager", "mode": None}),
+        (["--torch_compile_mode", "max-autotune"], {"backend": "inductor", "mode": "max-autotune"}),
+    ],
+    ids=call,
+)
+def test_the_layers_are_compiled_and_not_the_model(flags, options, monkeypatch):
+    monkeypatch.delenv("ACCELERATE_DYNAMO_BACKEND", raising=False)
+    args = parse_args(flags)
+    assert args.compile_options == options
+    assert not args.torch_compile
+    assert "ACCELERATE_DYNAMO_BACKEND" not in os.environ
+
+
 # ---- bad values
 
 
@@ -346,6 +385,8 @@ def test_flash_attn_that_is_asked_for_by_name_must_be_installed(installed):
         (["--deepspeed", "nowhere.json"], "--deepspeed nowhere.json"),
         (["--max_image_pixels", "0"], "--max_image_pixels 0"),
         (["--on_nonfinite", "perhaps"], "perhaps"),
+        (["--recompute", "some"], "some"),
+        (["--use_liger_kernel"], "--torch_compile"),
         (["--resume_from_checkpoint", "nowhere"], "--resume_from_checkpoint nowhere"),
         (["--output_dir", "/dev/null/output"], "--output_dir /dev/null/output"),
         (["--output_dir", ""], "--output_dir"),

@@ -7,9 +7,10 @@ import pytest
 import recipe
 import torch
 
-from benchmarks import epoch, evaluate, models, preprocess, train_step
+from benchmarks import epoch, evaluate, gpu, levers, models, preprocess, train_step
 from finetuning.collator import DataCollatorForPhi3V
 from finetuning.conversation import encode_conversation
+from finetuning.errors import RunError
 from finetuning.strategy import load_model, load_processor
 
 own_process = pytest.fixture(autouse=True)(recipe.own_process)
@@ -95,12 +96,69 @@ def test_the_full_model_has_the_official_sizes():
     assert sum(parameter.numel() for parameter in model.parameters()) == 4_146_621_440
 
 
-def test_memory_is_what_a_step_takes_and_gives_back():
-    torch.zeros(64 * 2**18)  # gone before the measurement: does not count
-    memory = train_step.Memory("cpu")
-    block = torch.ones(32 * 2**18)  # 32 MiB
-    del block
-    assert 30 * 2**20 < memory.peak() - memory.before < 48 * 2**20
+def test_memory_is_the_most_that_is_allocated_at_once():
+    def step():
+        kept = torch.ones(32 * 2**18)  # 32 MiB
+        torch.ones(64 * 2**18)  # gone at once
+        return torch.ones(16 * 2**18) + kept[: 16 * 2**18]  # 16 twice
+
+    before = torch.ones(2**18)
+    assert train_step.peak_memory("cpu", step) == pytest.approx(96 * 2**20, rel=0.01)
+    assert before.sum() == 2**18
+
+
+@pytest.mark.parametrize("lever", train_step.LEVERS)
+def test_each_lever_of_the_reference_keeps_its_loss(lever, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_step, "matmul_rate", lambda *_: 1e12)
+    flags = ["--model", "tiny", "--weights", str(folder), "--image", "photo", "--num_crops", "6", "--device", "cpu"]
+    flags += ["--steps", "1", "--reference"]
+    expected = call(train_step, tmp_path / "a.json", *flags)
+    result = call(train_step, tmp_path / "b.json", *flags, "--with", lever)
+    assert result["loss"] == pytest.approx(expected["loss"], abs=1e-5)
+    assert result["kernel"] == ("sdpa" if lever == "sdpa" else "eager")
+
+
+def figures(seconds: float, memory: float) -> dict:
+    result = {"seconds": seconds, "memory_step": memory, "memory_peak": 2 * memory, "img_per_s": 1 / seconds}
+    return result | {"mfu": 0.5, "split": {"vision": seconds}}
+
+
+def test_levers_are_related_to_what_they_are_taken_from(folder, tmp_path, monkeypatch):
+    cases = []
+
+    def run_case(_folder, *flags):
+        cases.append(flags)
+        return figures(10, 100) if "--reference" in flags and "--with" not in flags else figures(4, 50)
+
+    monkeypatch.setattr(levers, "run_case", run_case)
+    result = call(levers, tmp_path / "a.json", "--weights", str(folder))["levers"]
+    assert len(result) == len(cases) == 2 + len(levers.ALWAYS) + len(levers.FLAGS)
+    assert {"time", "memory"}.isdisjoint(result[0])
+    for entry in result[1 : 2 + len(levers.ALWAYS)]:
+        assert (entry["time"], entry["memory"]) == (0.4, 0.5)  # of the reference
+    for entry in result[2 + len(levers.ALWAYS) :]:
+        assert (entry["time"], entry["memory"]) == (1, 1)  # of the product
+        assert "kept" in entry["verdict"]
+
+
+def test_the_gpu_run_doubles_the_micro_batch_until_memory_is_short_and_outlives_a_failure(
+    folder, tmp_path, monkeypatch
+):
+    def run_case(_folder, *flags):
+        if "--compile" in flags:
+            raise RunError("no compiler")
+        size = int(flags[flags.index("--micro_batch") + 1]) if "--micro_batch" in flags else 1
+        return None if size > 4 else figures(1 / size, 10)
+
+    monkeypatch.setattr(gpu, "run_case", run_case)
+    flags = ["--model", "tiny", "--device", "cpu", "--weights", str(folder), "--strategies", "lora"]
+    cases = call(gpu, tmp_path / "a.json", *flags)["cases"]
+    assert [case["way"] for case in cases if case.get("error")] == ["sdpa, compiled", "padding-free, compiled"]
+    sizes = [case["way"] for case in cases[5:]]
+    assert sizes[:2] == ["recompute full, micro-batch 4", "recompute full, micro-batch 8"]
+    assert sizes[2:5] == [f"recompute vision, micro-batch {size}" for size in (2, 4, 8)]
+    assert sizes[5:] == [f"recompute none, micro-batch {size}" for size in (2, 4, 8)]
+    assert [case["result"] is None for case in cases[5:]] == [False, True] + 2 * [False, False, True]
 
 
 def test_train_step_reports_all_figures_and_compares(folder, tmp_path, capsys, monkeypatch):

@@ -6,6 +6,7 @@ import json
 import re
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import recipe
@@ -479,6 +480,32 @@ def test_other_rows_are_filled_in_in_each_epoch():
         dataset.start_epoch(epoch)
         filled.append(tuple(answer_of(dataset[index]) for index in (10, 11)))
     assert len(set(filled)) == 5
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
+def test_every_rank_knows_all_lengths_and_those_of_the_rows_filled_in(monkeypatch, ranks):
+    dataset = numbered(4, 7, answers=lambda number: ["a" * (number + 1) ** 2, "a"], seed=3)
+    expected = [count_tokens(several_of(dataset, index), processor()) for index in range(4)]
+    assert len(set(expected)) == 4
+    shares = [expected[rank::ranks] for rank in range(ranks)]
+    for rank in range(ranks):
+        state, sent = SimpleNamespace(process_index=rank, num_processes=ranks), []
+        monkeypatch.setattr("finetuning.conversation.PartialState", lambda state=state: state)
+        # what all ranks send to each other: their faults, none, and then their shares
+        monkeypatch.setattr(
+            "finetuning.conversation.gather_object",
+            lambda found, sent=sent: sent.append(found) or (shares if found else []),
+        )
+        dataset.check()
+        assert sent == [[], [shares[rank]]]
+        assert dataset.lengths == expected
+    for epoch in range(5):
+        dataset.start_epoch(epoch)
+        for index in range(len(dataset)):
+            # the length with the longer of its two answers
+            assert dataset.length(index) == expected[int(dataset[index]["id"].removeprefix("r"))]
+    with pytest.raises(IndexError):
+        dataset.length(7)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -15,11 +15,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Phi3Config
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from finetuning.collator import DataCollatorForPhi3V
 from finetuning.conversation import Conversation, ConversationDataset, Turn, encode_conversation
 from finetuning.errors import InputError
-from finetuning.strategy import GradientCheck, describe, load_model, load_processor, part_of
+from finetuning.strategy import GradientCheck, describe, keep_text_activations, load_model, load_processor, part_of
 from phi3v import Phi3VForCausalLM
 
 own_process = pytest.fixture(autouse=True)(recipe.own_process)
@@ -119,6 +120,16 @@ def test_the_weights_are_in_the_dtype_of_the_run(folder, flags, precision, dtype
 def test_the_attention_kernel_is_the_one_asked_for(folder, kernel):
     model, args = load(folder, "--attn_implementation", kernel)
     assert model.config._attn_implementation == args.kernel == kernel
+
+
+@pytest.mark.parametrize("flags", [[], ["--use_lora"]], ids=["full", "lora"])
+def test_the_language_model_alone_can_keep_its_activations(folder, flags):
+    model, _ = load(folder, *flags)
+    model.activation_checkpointing_enable()
+    keep_text_activations(model)
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, GradientCheckpointingLayer)}
+    assert {part_of(name) for name in layers} == {"vision tower", "language model"}
+    assert all(layer.gradient_checkpointing == (part_of(name) == "vision tower") for name, layer in layers.items())
 
 
 def test_loaded_weights_are_those_of_the_folder(folder):

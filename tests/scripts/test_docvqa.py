@@ -326,7 +326,10 @@ def alone(folder, flags) -> dict[str, Run]:
         "micro-batch 2": ["--batch_size_per_gpu", "2"],
         "padding-free": ["--batch_size_per_gpu", "4", "--padding_free"],
         "eager": ["--attn_implementation", "eager"],
-        "no recomputation": ["--activation_checkpointing", "False"],
+        "no recomputation": ["--recompute", "none"],
+        "vision recomputed": ["--recompute", "vision"],
+        "compiled": ["--padding_free", "--batch_size_per_gpu", "2", "--torch_compile_backend", "aot_eager"],
+        "8-bit AdamW": ["--optim", "paged_adamw_8bit"],
         "lora": no_dropout,
         "lora under ZeRO-2": [*no_dropout, "--deepspeed", zero2],
         "lora, frozen vision": [*no_dropout, "--freeze_vision_model"],
@@ -353,11 +356,26 @@ def alone(folder, flags) -> dict[str, Run]:
 
 
 @pytest.mark.parametrize(
-    "name", ["accumulation 4", "micro-batch 4", "micro-batch 2", "padding-free", "eager", "no recomputation"]
+    "name",
+    [
+        "accumulation 4",
+        "micro-batch 4",
+        "micro-batch 2",
+        "padding-free",
+        "eager",
+        "no recomputation",
+        "vision recomputed",
+        "compiled",
+    ],
 )
 def test_losses_are_equal_however_the_batch_is_split(trained, alone, name):
     # against two processes with accumulation 2
     assert alone[name].losses == pytest.approx(trained("full").losses, abs=1e-5)
+
+
+def test_8_bit_adamw_learns_under_zero2(alone):
+    assert alone["8-bit AdamW"].losses == pytest.approx(alone["accumulation 4"].losses, rel=0.05)
+    assert "DeepSpeed" in alone["8-bit AdamW"].stdout
 
 
 @pytest.mark.parametrize("name", ["accumulation 4", "lora", "qlora", "full in bf16"])
