@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from finetuning.conversation import Conversation
 from finetuning.errors import run
 from finetuning.evaluation import generate_answers
 from finetuning.strategy import load_model, load_processor
@@ -35,6 +36,8 @@ def compare(args, folder: Path, image: str) -> dict:
     recipe.use_cpu = args.device == "cpu"
     model, processor = load_model(recipe), load_processor(recipe)
     base_of(model).generation_config.min_new_tokens = args.new_tokens
+    # Made once: its making is no part of an answer.
+    turns = sample(image).turns
     seconds = {1: [], args.batch: []}
     for number in range(args.rounds + 1):
         for batch, passed in seconds.items():
@@ -44,7 +47,9 @@ def compare(args, folder: Path, image: str) -> dict:
             # The first round is the warm-up.
             rows = range(args.answers if number else batch)
             start = time.perf_counter()
-            answers = generate_answers(model, processor, rows, lambda row: sample(image, row), recipe, "before")
+            answers = generate_answers(
+                model, processor, rows, lambda row: Conversation(f"{image}-{row}", turns), recipe, "before"
+            )
             if number:
                 passed.append(time.perf_counter() - start)
             assert len(answers) == len(rows)
