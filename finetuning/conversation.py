@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.image_processing_base import BatchFeature
 
 from phi3v import Phi3VProcessor
+from phi3v.image_processing_phi3_v import take_images
 from phi3v.modeling_phi3_v import IGNORE_INDEX
 from phi3v.processing_phi3_v import IMAGE_TAG, find_tags
 
@@ -224,16 +225,10 @@ def encode_conversation(
     _check_length(len(ids), max_length, where)
     encoded = {"id": conversation.id, "input_ids": ids, "labels": label_answers(ids, processor)}
     if images:
-        encoded["pixel_values"], encoded["image_sizes"] = features["pixel_values"], features["image_sizes"]
         text = "\n".join(message["content"] for message in to_messages(conversation, answers))
         order = [number - 1 for number in find_tags(text, len(images))]
-        if order != list(range(len(images))):
-            crop_area = processor.image_processor.crop_size**2
-            crops = features["pixel_values"].split(
-                [1 + h * w // crop_area for h, w in features["image_sizes"].tolist()]
-            )
-            encoded["pixel_values"] = torch.cat([crops[index] for index in order])
-            encoded["image_sizes"] = features["image_sizes"][order]
+        crop_size = processor.image_processor.crop_size
+        encoded["pixel_values"], encoded["image_sizes"] = take_images(features, order, crop_size)
     return encoded
 
 

@@ -246,6 +246,15 @@ def join(tensors: list[torch.Tensor]) -> torch.Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
+def take_images(features: BatchFeature, order: list[int], crop_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """pixel_values and image_sizes of these of the images of `Phi3VImageProcessor`, in this order; copied only where it differs."""
+    pixel_values, image_sizes = features["pixel_values"], features["image_sizes"]
+    if order == list(range(len(image_sizes))):
+        return pixel_values, image_sizes
+    crops = pixel_values.split([1 + height * width // crop_size**2 for height, width in image_sizes.tolist()])
+    return torch.cat([crops[index] for index in order]), image_sizes[order]
+
+
 def _flatten(images) -> list:
     if isinstance(images, (list, tuple)):
         return [image for group in images for image in _flatten(group)]

@@ -8,7 +8,7 @@ from transformers.image_processing_base import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import TensorType
 
-from .image_processing_phi3_v import join
+from .image_processing_phi3_v import take_images
 
 IMAGE_TAG = re.compile(r"<\|image_(\d+)\|>")
 IMAGE_TOKEN = "<|image|>"
@@ -140,21 +140,17 @@ class Phi3VProcessor(ProcessorMixin):
         if not isinstance(text, (str, list, tuple)):
             raise TypeError(f"expected a text or a list of texts, found {type(text).__name__}")
         texts = [text] if isinstance(text, str) else list(text)
-        rows, crops, sizes = [], [], []
-        for row_text, row_images in zip(texts, self._nest_images(texts, images, isinstance(text, str)), strict=True):
-            features = None
-            if row_images:
-                features = self.image_processor(row_images, num_crops=num_crops)
-                per_image = features["pixel_values"].split(
-                    [
-                        1 + height * width // self.image_processor.crop_size**2
-                        for height, width in features["image_sizes"]
-                    ]
-                )
-                for number in find_tags(row_text, len(row_images)):
-                    crops.append(per_image[number - 1])
-                    sizes.append(features["image_sizes"][number - 1])
-            rows.append(self.tokenize(row_text, features and features["num_img_tokens"]))
+        nested = self._nest_images(texts, images, isinstance(text, str))
+        features = None
+        if any(nested):
+            # All at once: what is gathered from several calls is copied, and a page's crops are 23 MB.
+            features = self.image_processor([image for row in nested for image in row], num_crops=num_crops)
+        rows, order, first = [], [], 0
+        for row_text, row_images in zip(texts, nested, strict=True):
+            order += [first + number - 1 for number in find_tags(row_text, len(row_images))] if row_images else []
+            end = first + len(row_images)
+            rows.append(self.tokenize(row_text, features["num_img_tokens"][first:end] if row_images else None))
+            first = end
         if return_tensors is not None and padding is False and len({len(row) for row in rows}) > 1:
             lengths = sorted(len(row) for row in rows)
             raise ValueError(f"texts of {lengths[0]} to {lengths[-1]} tokens: expected padding=True to batch them")
@@ -166,8 +162,8 @@ class Phi3VProcessor(ProcessorMixin):
             return_tensors=return_tensors,
         )
         data = dict(data)
-        if crops:
-            pixels, image_sizes = join(crops), torch.stack(sizes)
+        if features is not None:
+            pixels, image_sizes = take_images(features, order, self.image_processor.crop_size)
             if return_tensors is not None and TensorType(return_tensors) == TensorType.NUMPY:
                 pixels, image_sizes = pixels.numpy(), image_sizes.numpy()
             data |= {"pixel_values": pixels, "image_sizes": image_sizes}
