@@ -3,7 +3,6 @@
 import re
 from pathlib import Path
 
-import torch
 from transformers.image_processing_base import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import TensorType
