@@ -21,7 +21,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 OTHER = {
     "--nproc_per_node", "--nnodes", "--master_addr", "--master_port", "--node_rank", "--no-build-isolation",
     "--out_dir", "--archive", "--video_dir", "--num_frames", "--convert", "--help",
-    "--shutdown-timeout", "--max_restarts", "--parity-results", "--hypothesis-profile",
+    "--shutdown-timeout", "--max_restarts", "--parity-results", "--hypothesis-profile", "--ratios",
 }  # fmt: skip
 
 
