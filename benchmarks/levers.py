@@ -17,10 +17,11 @@ import torch
 
 from finetuning.errors import run
 
-from .models import build_folder, parser
+from .models import IMAGES, build_folder, parser
 from .record import RESULTS, provenance, write
 from .train_step import LEVERS, run_case
 
+RATIOS = {"time": "seconds", "memory": "memory_step"}
 # Of the reference, by the names of `LEVERS`.
 ALWAYS = {
     "crops": "only the crops that an image needs are encoded",
@@ -64,7 +65,7 @@ FLAGS = {
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--steps", type=int, default=2, help="steps measured of each case (2)")
-    options.add_argument("--image", default="photo", help="what the sample shows (photo)")
+    options.add_argument("--image", choices=IMAGES, default="photo", help="what the sample shows (photo)")
     options.add_argument("--result", type=Path, default=RESULTS / "levers.json", help="file to write")
     args = options.parse_args()
     args.dtype = args.dtype or "bfloat16"
@@ -95,8 +96,6 @@ def main() -> None:
     given = {name: value for name, value in vars(args).items() if name not in ("weights", "result")}
     write(args.result, provenance("torch", "transformers", "bitsandbytes") | {"given": given, "levers": found})
 
-
-RATIOS = {"time": "seconds", "memory": "memory_step"}
 
 if __name__ == "__main__":
     run(main)

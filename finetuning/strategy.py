@@ -208,7 +208,8 @@ def describe(model, args: RecipeArguments, dataset: ConversationDataset) -> str:
     )
     lines += [
         f"strategy         {args.strategy}; {engine}",
-        f"device           {_device_name(args)}; compute {str(args.compute_dtype).removeprefix('torch.')}; attention {kernel}; recomputed: {args.recompute}",
+        f"device           {_device_name(args)}; compute {str(args.compute_dtype).removeprefix('torch.')}; attention {kernel}; recomputed: {args.recompute}"
+        + ("; layers compiled" if args.compile_options else ""),
         f"effective batch  {args.batch_size} = {ranks} rank(s) x {micro} micro-batch x {args.gradient_accumulation_steps} accumulation",
         f"steps            {steps}, the first {args.get_warmup_steps(steps)} of them warm-up",
         f"rows             {len(dataset.rows)}"

@@ -1,6 +1,7 @@
 """Phi3VProcessor: numbered image tags -> image tokens, chat template, batches."""
 
 import re
+from itertools import pairwise
 from pathlib import Path
 
 from transformers.image_processing_base import BatchFeature
@@ -140,16 +141,16 @@ class Phi3VProcessor(ProcessorMixin):
             raise TypeError(f"expected a text or a list of texts, found {type(text).__name__}")
         texts = [text] if isinstance(text, str) else list(text)
         nested = self._nest_images(texts, images, isinstance(text, str))
-        features = None
-        if any(nested):
+        order, starts = [], [0]
+        for row_text, row_images in zip(texts, nested, strict=True):
+            order += [starts[-1] + number - 1 for number in find_tags(row_text, len(row_images))]
+            starts.append(starts[-1] + len(row_images))
+        features = BatchFeature({"num_img_tokens": []})
+        if order:
             # All at once: what is gathered from several calls is copied, and a page's crops are 23 MB.
             features = self.image_processor([image for row in nested for image in row], num_crops=num_crops)
-        rows, order, first = [], [], 0
-        for row_text, row_images in zip(texts, nested, strict=True):
-            order += [first + number - 1 for number in find_tags(row_text, len(row_images))] if row_images else []
-            end = first + len(row_images)
-            rows.append(self.tokenize(row_text, features["num_img_tokens"][first:end] if row_images else None))
-            first = end
+        counts = [features["num_img_tokens"][start:end] for start, end in pairwise(starts)]
+        rows = [self.tokenize(*row) for row in zip(texts, counts, strict=True)]
         if return_tensors is not None and padding is False and len({len(row) for row in rows}) > 1:
             lengths = sorted(len(row) for row in rows)
             raise ValueError(f"texts of {lengths[0]} to {lengths[-1]} tokens: expected padding=True to batch them")
@@ -161,7 +162,7 @@ class Phi3VProcessor(ProcessorMixin):
             return_tensors=return_tensors,
         )
         data = dict(data)
-        if features is not None:
+        if order:
             pixels, image_sizes = take_images(features, order, self.image_processor.crop_size)
             if return_tensors is not None and TensorType(return_tensors) == TensorType.NUMPY:
                 pixels, image_sizes = pixels.numpy(), image_sizes.numpy()

@@ -132,6 +132,15 @@ def test_the_language_model_alone_can_keep_its_activations(folder, flags):
     assert all(layer.gradient_checkpointing == (part_of(name) == "vision tower") for name, layer in layers.items())
 
 
+@pytest.mark.parametrize("flags", [[], ["--torch_compile_backend", "eager"]], ids=["not asked for", "asked for"])
+def test_the_layers_are_compiled_if_asked_for(folder, flags):
+    model, args = load(folder, *flags)
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    assert layers
+    assert all((layer._compiled_call_impl is not None) == bool(flags) for layer in layers)
+    assert ("layers compiled" in describe(model, args, dataset())) == bool(flags)
+
+
 def test_loaded_weights_are_those_of_the_folder(folder):
     model, _ = load(folder)
     expected = load_file(folder / "model.safetensors")

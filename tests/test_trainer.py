@@ -75,7 +75,7 @@ def trainer(*flags, model=None, rows=None) -> RecipeTrainer:
         recipe.model_folder(folder)
     args = recipe.arguments(
         folder, "--use_lora", "--batch_size", "2", "--max_steps", str(STEPS), "--learning_rate", "0.1", "--warmup_steps", "0",
-        "--activation_checkpointing", "False", "--save_steps", "2", "--logging_steps", "3", *flags,
+        "--recompute", "none", "--save_steps", "2", "--logging_steps", "3", *flags,
     )  # fmt: skip
     return RecipeTrainer(
         model=model or Model(),
@@ -84,6 +84,15 @@ def trainer(*flags, model=None, rows=None) -> RecipeTrainer:
         eval_dataset=samples(),
         data_collator=collate,
     )
+
+
+@pytest.mark.parametrize(("recompute", "calls"), [("full", 0), ("vision", 1), ("none", 0)])
+def test_the_language_model_keeps_its_activations_with_recompute_vision_only(recompute, calls, monkeypatch):
+    found, kept = Model(), []
+    found.activation_checkpointing_enable = lambda **_: kept.clear()  # undoes what is chosen before it
+    monkeypatch.setattr("finetuning.trainer.keep_text_activations", kept.append)
+    trainer("--recompute", recompute, model=found).train()
+    assert kept == [found] * calls
 
 
 def losses(found: RecipeTrainer) -> list[tuple]:
