@@ -15,16 +15,20 @@ curves.png, confusion.png, report.html, checkpoint-N/. `--help` lists all flags.
 """
 
 from finetuning.arguments import RecipeArguments, parse_args
-from finetuning.checkpoint import begin
-from finetuning.collator import DataCollatorForPhi3V
-from finetuning.conversation import Conversation, ConversationDataset, StartEpoch, Turn, from_jsonl
+from finetuning.data.collator import DataCollatorForPhi3V
+from finetuning.data.conversation import Conversation, Turn, from_jsonl
+from finetuning.data.dataset import ConversationDataset, StartEpoch
+from finetuning.data.hub import load_hub
+from finetuning.data.reading import read_splits, take
 from finetuning.errors import run
-from finetuning.evaluation import Prediction, evaluate
-from finetuning.metrics import exact_match
-from finetuning.report import write_report
-from finetuning.rows import load_hub, read_splits, take
-from finetuning.strategy import GradientCheck, describe, load_model, load_processor
-from finetuning.trainer import RecipeTrainer
+from finetuning.results.evaluation import Prediction, evaluate
+from finetuning.results.metrics import exact_match
+from finetuning.results.report import write_report
+from finetuning.training.callbacks import GradientCheck
+from finetuning.training.checkpoint import begin
+from finetuning.training.loading import load_model, load_processor
+from finetuning.training.summary import describe
+from finetuning.training.trainer import RecipeTrainer
 
 HELD_OUT = 500
 

@@ -17,11 +17,11 @@ from transformers import Trainer
 from demo import build_data, build_model
 from finetune_hf_trainer_docvqa import to_conversation
 from finetuning.arguments import parse_args
-from finetuning.collator import DataCollatorForPhi3V
-from finetuning.conversation import ConversationDataset
-from finetuning.rows import read_splits
-from finetuning.strategy import load_model, load_processor
-from finetuning.trainer import RecipeTrainer
+from finetuning.data.collator import DataCollatorForPhi3V
+from finetuning.data.dataset import ConversationDataset
+from finetuning.data.reading import read_splits
+from finetuning.training.loading import load_model, load_processor
+from finetuning.training.trainer import RecipeTrainer
 
 from .record import RESULTS, provenance, write
 

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import torch
 
-from finetuning.collator import DataCollatorForPhi3V
+from finetuning.data.collator import DataCollatorForPhi3V
 from finetuning.errors import run
-from finetuning.strategy import load_model
+from finetuning.training.loading import load_model
 
 from .models import build_folder, parser, recipe_arguments
 from .record import RESULTS, provenance, write

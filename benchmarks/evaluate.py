@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 
-from finetuning.conversation import Conversation
+from finetuning.data.conversation import Conversation
 from finetuning.errors import run
-from finetuning.evaluation import generate_answers
-from finetuning.strategy import load_model, load_processor
+from finetuning.results.evaluation import generate_answers
+from finetuning.training.loading import load_model, load_processor
 
 from .models import base_of, build_folder, parser, recipe_arguments, sample
 from .record import RESULTS, provenance, write

@@ -25,7 +25,7 @@ from pathlib import Path
 import psutil
 
 from demo import build_data, build_model
-from finetuning.checkpoint import SAVING, check_checkpoint, find_checkpoints
+from finetuning.training.checkpoint import SAVING, check_checkpoint, find_checkpoints
 
 from .record import RESULTS, ROOT, provenance, write
 

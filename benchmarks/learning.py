@@ -49,9 +49,9 @@ from tokenizers import AddedToken
 import convert_ucf101
 import finetune_hf_trainer_hateful_memes
 from demo import build_config, build_processor, build_tokenizer
-from finetuning.conversation import count_tokens
+from finetuning.data.encoding import count_tokens
+from finetuning.data.reading import read_splits
 from finetuning.errors import InputError, run
-from finetuning.rows import read_splits
 from phi3v import Phi3VForCausalLM, Phi3VProcessor
 
 from .record import RESULTS, ROOT, provenance, write

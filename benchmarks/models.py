@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from demo import build_config, build_processor, build_tokenizer
 from finetuning.arguments import RecipeArguments, parse_args
-from finetuning.conversation import Conversation, Turn
+from finetuning.data.conversation import Conversation, Turn
 from phi3v import Phi3VConfig, Phi3VForCausalLM
 
 # Width, height in pixels: a photo fills 13 crops at num_crops 16, a Letter page at 200 dpi and a meme all 17.

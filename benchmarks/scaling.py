@@ -47,11 +47,11 @@ import torch
 from transformers import TrainerCallback
 
 from finetuning.arguments import ZERO2, parse_args
-from finetuning.collator import DataCollatorForPhi3V
-from finetuning.conversation import encode_conversation
+from finetuning.data.collator import DataCollatorForPhi3V
+from finetuning.data.encoding import encode_conversation
 from finetuning.errors import run
-from finetuning.strategy import load_model, load_processor
-from finetuning.trainer import RecipeTrainer
+from finetuning.training.loading import load_model, load_processor
+from finetuning.training.trainer import RecipeTrainer
 
 from .models import STRATEGIES, build_folder, config, sample
 from .record import RESULTS, ROOT, provenance, write

@@ -49,10 +49,11 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import Trainer
 
-from finetuning.collator import DataCollatorForPhi3V
-from finetuning.conversation import encode_conversation
+from finetuning.data.collator import DataCollatorForPhi3V
+from finetuning.data.encoding import encode_conversation
 from finetuning.errors import RunError, run
-from finetuning.strategy import keep_text_activations, load_model, load_processor
+from finetuning.training.callbacks import keep_text_activations
+from finetuning.training.loading import load_model, load_processor
 from phi3v import Phi3VConfig, modeling_phi3_v
 
 from .models import IMAGES, STRATEGIES, base_of, build_folder, parser, recipe_arguments, sample

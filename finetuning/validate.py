@@ -31,9 +31,20 @@ from phi3v import Phi3VImageProcessor, Phi3VProcessor
 from phi3v.image_processing_phi3_v import MAX_NUM_CROPS, hd_size, padded_size
 from phi3v.processing_phi3_v import IMAGE_TAG, find_tags
 
-from .conversation import Conversation, Turn, check_conversation, control_tokens, image_size, load_images, to_messages
+from .data.conversation import Conversation, Turn, check_conversation, control_tokens, to_messages
+from .data.formats import (
+    SPLITS,
+    Fault,
+    Sample,
+    convert,
+    find_files,
+    image_name,
+    read_samples,
+    refuse_existing,
+    split_of,
+)
+from .data.images import image_size, load_images
 from .errors import InputError
-from .formats import SPLITS, Fault, Sample, convert, find_files, image_name, read_samples, refuse_existing, split_of
 
 BATCH = 1000  # samples checked together: images by all cores, texts by one call of the tokenizer
 PERCENTILES = {"p50": 50, "p95": 95, "p99": 99, "max": 100}

@@ -8,10 +8,10 @@ import recipe
 import torch
 
 from benchmarks import epoch, evaluate, gpu, levers, models, preprocess, train_step
-from finetuning.collator import DataCollatorForPhi3V
-from finetuning.conversation import encode_conversation
+from finetuning.data.collator import DataCollatorForPhi3V
+from finetuning.data.encoding import encode_conversation
 from finetuning.errors import RunError
-from finetuning.strategy import load_model, load_processor
+from finetuning.training.loading import load_model, load_processor
 
 own_process = pytest.fixture(autouse=True)(recipe.own_process)
 

@@ -8,9 +8,9 @@ import recipe
 import torch
 from safetensors.torch import save_file
 
-from finetuning.checkpoint import begin, check_checkpoint
-from finetuning.conversation import ConversationDataset
+from finetuning.data.dataset import ConversationDataset
 from finetuning.errors import InputError
+from finetuning.training.checkpoint import begin, check_checkpoint
 
 
 @pytest.fixture

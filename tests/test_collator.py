@@ -5,8 +5,9 @@ import recipe
 import tiny
 import torch
 
-from finetuning.collator import DataCollatorForPhi3V
-from finetuning.conversation import Conversation, Turn, encode_conversation
+from finetuning.data.collator import DataCollatorForPhi3V
+from finetuning.data.conversation import Conversation, Turn
+from finetuning.data.encoding import encode_conversation
 
 own_process = pytest.fixture(autouse=True)(recipe.own_process)
 

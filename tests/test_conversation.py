@@ -16,23 +16,13 @@ from PIL import ExifTags, Image
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, Trainer
 
-from finetuning.collator import DataCollatorForPhi3V
-from finetuning.conversation import (
-    Conversation,
-    ConversationDataset,
-    StartEpoch,
-    Turn,
-    check_conversation,
-    choose_answers,
-    control_tokens,
-    count_tokens,
-    encode_conversation,
-    load_images,
-    open_image,
-    to_messages,
-)
+from finetuning.data.collator import DataCollatorForPhi3V
+from finetuning.data.conversation import Conversation, Turn, check_conversation, control_tokens, to_messages
+from finetuning.data.dataset import ConversationDataset, StartEpoch
+from finetuning.data.encoding import choose_answers, count_tokens, encode_conversation
+from finetuning.data.images import load_images, open_image
 from finetuning.errors import InputError
-from finetuning.strategy import load_model
+from finetuning.training.loading import load_model
 from phi3v import Phi3VImageProcessor, Phi3VProcessor
 
 own_process = pytest.fixture(autouse=True)(recipe.own_process)
@@ -490,10 +480,10 @@ def test_every_rank_knows_all_lengths_and_those_of_the_rows_filled_in(monkeypatc
     shares = [expected[rank::ranks] for rank in range(ranks)]
     for rank in range(ranks):
         state, sent = SimpleNamespace(process_index=rank, num_processes=ranks), []
-        monkeypatch.setattr("finetuning.conversation.PartialState", lambda state=state: state)
+        monkeypatch.setattr("finetuning.data.dataset.PartialState", lambda state=state: state)
         # what all ranks send to each other: their faults, none, and then their shares
         monkeypatch.setattr(
-            "finetuning.conversation.gather_object",
+            "finetuning.data.dataset.gather_object",
             lambda found, sent=sent: sent.append(found) or (shares if found else []),
         )
         dataset.check()

@@ -14,9 +14,9 @@ import torch.distributed as dist
 import torch.multiprocessing
 from accelerate.state import PartialState
 
-from finetuning.conversation import Conversation, Turn
-from finetuning.evaluation import Prediction, evaluate, generate_answers, remove_stage
-from finetuning.strategy import load_processor
+from finetuning.data.conversation import Conversation, Turn
+from finetuning.results.evaluation import Prediction, evaluate, generate_answers, remove_stage
+from finetuning.training.loading import load_processor
 
 own_process = pytest.fixture(autouse=True)(recipe.own_process)
 

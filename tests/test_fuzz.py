@@ -17,18 +17,12 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from convert_ucf101 import find_clips, list_archive
-from finetuning.conversation import (
-    Conversation,
-    Turn,
-    check_conversation,
-    control_tokens,
-    encode_conversation,
-    from_jsonl,
-)
+from finetuning.data.conversation import Conversation, Turn, check_conversation, control_tokens, from_jsonl
+from finetuning.data.encoding import encode_conversation
+from finetuning.data.formats import Fault, Sample, read_samples
+from finetuning.data.reading import iterate_jsonl, resolve_images
 from finetuning.errors import InputError
-from finetuning.formats import Fault, Sample, read_samples
-from finetuning.report import PAGE
-from finetuning.rows import iterate_jsonl, resolve_images
+from finetuning.results.report import PAGE
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
 JSON = st.recursive(

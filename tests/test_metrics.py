@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from finetuning.metrics import anls, exact_match
+from finetuning.results.metrics import anls, exact_match
 
 
 def levenshtein(a: str, b: str) -> int:

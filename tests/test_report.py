@@ -10,8 +10,8 @@ import pytest
 import recipe
 from PIL import Image
 
-from finetuning.conversation import Conversation, Turn
-from finetuning.report import MAX_ROWS, plot_curves, write_report
+from finetuning.data.conversation import Conversation, Turn
+from finetuning.results.report import MAX_ROWS, plot_curves, write_report
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)> {{ 7 * 7 }} & </table>"
 LOGS = [

@@ -4,9 +4,9 @@ import pytest
 import recipe
 from datasets import Dataset
 
-from finetuning.conversation import Turn, from_jsonl
+from finetuning.data.conversation import Turn, from_jsonl
+from finetuning.data.reading import iterate_jsonl, read_jsonl, read_splits, take
 from finetuning.errors import InputError
-from finetuning.rows import iterate_jsonl, read_jsonl, read_splits, take
 
 
 def test_read_jsonl_skips_empty_lines(tmp_path):

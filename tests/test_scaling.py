@@ -8,7 +8,7 @@ import recipe
 import torch
 
 from benchmarks import models, scaling
-from finetuning import strategy
+from finetuning.training import loading as strategy
 from phi3v import Phi3VForCausalLM
 
 own_process = pytest.fixture(autouse=True)(recipe.own_process)

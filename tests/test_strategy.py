@@ -17,10 +17,14 @@ from torch import nn
 from transformers import Phi3Config
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from finetuning.collator import DataCollatorForPhi3V
-from finetuning.conversation import Conversation, ConversationDataset, Turn, encode_conversation
+from finetuning.data.collator import DataCollatorForPhi3V
+from finetuning.data.conversation import Conversation, Turn
+from finetuning.data.dataset import ConversationDataset
+from finetuning.data.encoding import encode_conversation
 from finetuning.errors import InputError
-from finetuning.strategy import GradientCheck, describe, keep_text_activations, load_model, load_processor, part_of
+from finetuning.training.callbacks import GradientCheck, keep_text_activations
+from finetuning.training.loading import load_model, load_processor
+from finetuning.training.summary import describe, part_of
 from phi3v import Phi3VForCausalLM
 
 own_process = pytest.fixture(autouse=True)(recipe.own_process)

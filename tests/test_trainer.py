@@ -19,10 +19,11 @@ from hypothesis import strategies as st
 
 from finetuning import errors
 from finetuning.arguments import RecipeArguments
-from finetuning.checkpoint import check_checkpoint
+from finetuning.data.sampler import BalancedSampler
 from finetuning.errors import InputError, RunError, Stopped, run
-from finetuning.signals import stop_signals
-from finetuning.trainer import BalancedSampler, RecipeTrainer
+from finetuning.training.checkpoint import check_checkpoint
+from finetuning.training.signals import stop_signals
+from finetuning.training.trainer import RecipeTrainer
 
 STEPS = 6
 
@@ -90,7 +91,7 @@ def trainer(*flags, model=None, rows=None) -> RecipeTrainer:
 def test_the_language_model_keeps_its_activations_with_recompute_vision_only(recompute, calls, monkeypatch):
     found, kept = Model(), []
     found.activation_checkpointing_enable = lambda **_: kept.clear()  # undoes what is chosen before it
-    monkeypatch.setattr("finetuning.trainer.keep_text_activations", kept.append)
+    monkeypatch.setattr("finetuning.training.trainer.keep_text_activations", kept.append)
     trainer("--recompute", recompute, model=found).train()
     assert kept == [found] * calls
 

@@ -13,9 +13,11 @@ from PIL import ExifTags, Image
 from recipe import write_jsonl
 from transformers import AutoTokenizer
 
-from finetuning import formats, validate
-from finetuning.conversation import count_tokens, encode_conversation, from_jsonl, to_messages
-from finetuning.rows import read_jsonl, read_splits
+from finetuning import validate
+from finetuning.data import formats
+from finetuning.data.conversation import from_jsonl, to_messages
+from finetuning.data.encoding import count_tokens, encode_conversation
+from finetuning.data.reading import read_jsonl, read_splits
 from phi3v import Phi3VImageProcessor, Phi3VProcessor
 
 OFFICIAL_FOLDER = Path(__file__).parents[2] / "shared" / "phi35v"

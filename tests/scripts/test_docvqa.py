@@ -23,8 +23,8 @@ from safetensors.torch import load_file
 from transformers import AutoProcessor
 
 from benchmarks.record import provenance, write
-from finetuning.metrics import anls
-from finetuning.strategy import nf4
+from finetuning.results.metrics import anls
+from finetuning.training.lora import nf4
 from phi3v import Phi3VForCausalLM
 
 LAST_CLIP_LAYER = re.compile(r"vision_model\.(encoder\.layers\.2\.|post_layernorm)")  # tiny.py's tower has 3 layers

@@ -14,10 +14,10 @@ from safetensors import SafetensorError, safe_open
 from torch.serialization import get_unsafe_globals_in_checkpoint
 from transformers.trainer_utils import sort_checkpoints
 
-from .arguments import RecipeArguments
-from .conversation import ConversationDataset
-from .errors import InputError
-from .evaluation import remove_stage
+from ..arguments import RecipeArguments
+from ..data.dataset import ConversationDataset
+from ..errors import InputError
+from ..results.evaluation import remove_stage
 
 SETTINGS = "run.json"
 SAVING = ".saving"  # where a checkpoint grows before it gets its name

@@ -14,10 +14,10 @@ from safetensors import SafetensorError
 from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
+from ..errors import RunError, Stopped
+from .callbacks import keep_text_activations
 from .checkpoint import SAVING, SETTINGS, find_checkpoints
-from .errors import RunError, Stopped
 from .signals import stop_signals
-from .strategy import keep_text_activations
 
 NONFINITE_IN_A_ROW = 10
 
@@ -226,8 +226,8 @@ class BalancedSampler(torch.utils.data.Sampler):
                 yield from samples
                 return
             samples.sort(key=self.length, reverse=True)
-            groups = self._balance(samples) if self.padding_free else _cut(samples, self.micro_batch)
-            for number, dealt in enumerate(_cut(groups, self.ranks)):
+            groups = self._balance(samples) if self.padding_free else cut(samples, self.micro_batch)
+            for number, dealt in enumerate(cut(groups, self.ranks)):
                 # Turned from step to step: else the workers of one rank would prepare the longest samples of every step. Every
                 # other time from behind, so that the ranks' sums are alike too: without DeepSpeed they wait once a step.
                 dealt = dealt[:: -1 if number % 2 else 1]
@@ -249,7 +249,7 @@ class BalancedSampler(torch.utils.data.Sampler):
         return [group for _, _, group in sorted(full, reverse=True)]
 
 
-def _cut(items: list, size: int) -> list[list]:
+def cut(items: list, size: int) -> list[list]:
     return [items[at : at + size] for at in range(0, len(items), size)]
 
 

@@ -10,8 +10,9 @@ from typing import Any
 import jinja2
 from matplotlib.figure import Figure
 
-from .arguments import RecipeArguments
-from .conversation import Conversation, load_images
+from ..arguments import RecipeArguments
+from ..data.conversation import Conversation
+from ..data.images import load_images
 from .evaluation import read_predictions
 from .metrics import exact_match
 

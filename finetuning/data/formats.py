@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
 
+from ..errors import InputError
 from .conversation import Conversation, from_jsonl
-from .errors import InputError
-from .rows import resolve_images
+from .reading import resolve_images
 
 MARK = "<image>"
 ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}

@@ -16,10 +16,11 @@ from tqdm import tqdm
 from phi3v import Phi3VProcessor
 from phi3v.processing_phi3_v import IMAGE_TAG
 
-from .arguments import RecipeArguments
-from .conversation import Conversation, Turn, load_images, to_messages
-from .errors import Stopped
-from .signals import stop_signals
+from ..arguments import RecipeArguments
+from ..data.conversation import Conversation, Turn, to_messages
+from ..data.images import load_images
+from ..errors import Stopped
+from ..training.signals import stop_signals
 
 
 @dataclass

@@ -1,0 +1,1 @@
+"""From rows to batches: reading, schemas, conversations, images, encoding, data set, sampler, collator."""
