@@ -68,7 +68,7 @@ def load_model(args: RecipeArguments) -> PreTrainedModel:
         model, report = Phi3VForCausalLM.from_pretrained(
             args.model_name_or_path,
             dtype=args.compute_dtype,
-            attn_implementation=args.kernel,
+            attn_implementation=args.attention,
             quantization_config=nf4(args.compute_dtype) if args.use_qlora else None,
             device_map={"": args.device},
             output_loading_info=True,
