@@ -134,6 +134,8 @@ def generate_answers(model, dataset: ConversationDataset, args: RecipeArguments,
     )
     if todo:
         model.eval()
+    if todo and kept and rank == 0:
+        print(f"{stage} training: {len(todo)} of {len(prompts)} questions are asked, the other answers are kept", flush=True)
     bar = tqdm(
         total=len(prompts), initial=len(kept), desc=f"answers {stage} training", disable=args.disable_tqdm or rank > 0
     )
@@ -364,6 +366,10 @@ def score_again(
     kept_by_stage = _from_first(found, args)
     if any(len(kept) < len(questions) for kept in kept_by_stage.values()):
         return False
+    if args.process_index == 0:
+        print(
+            f"this run is finished, nothing is trained or asked; --overwrite_output_dir starts afresh ({folder})", flush=True
+        )
     for stage in stages if questions else ():
         path = folder / f"eval_{stage}.json"
         earlier = _from_first(_read_evaluation(path), args)
@@ -377,6 +383,6 @@ def score_again(
         same = figures == {name: earlier[name] for name in names}
         if not same or earlier.get("answers_unique") != [item.references for item in predictions]:
             if args.process_index == 0:
-                print(f"{stage} training: scored again, nothing was trained or asked", flush=True)
+                print(f"{stage} training: the kept answers are scored again", flush=True)
             evaluate(None, dataset, score, args, stage)
     return True

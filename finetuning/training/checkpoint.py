@@ -38,6 +38,11 @@ PICKLED = {
 }
 
 
+# Can only be read by setting it.
+UMASK = os.umask(0o022)
+os.umask(UMASK)
+
+
 class Damaged(InputError):
     """A checkpoint that was not written to its end, or was changed since."""
 
@@ -67,6 +72,9 @@ def seal(folder: Path, facts: dict[str, Any], files: list[Path] | None = None) -
     files = sorted(path for path in folder.rglob("*") if path.is_file()) if files is None else files
     files = [path for path in files if path.name != MANIFEST]
     mine = files[state.process_index :: state.num_processes]
+    for path in mine:
+        # safetensors writes files that only their owner can read, whatever the umask says.
+        path.chmod(0o666 & ~UMASK)
     found = gather_object([(str(path.relative_to(folder)), *_measure(path, through=True)) for path in mine])
     if state.is_main_process:
         entries = {name: {"size": size, "xxh3_128": checksum} for name, size, checksum in sorted(found)}

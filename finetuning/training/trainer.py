@@ -34,7 +34,7 @@ class RecipeTrainer(Trainer):
     """
 
     def __init__(self, model, args, callbacks=(), **kwargs):
-        self._nonfinite, self._pending = NonFiniteCheck(), PendingLoss()
+        self._nonfinite, self._pending, self._saved_step = NonFiniteCheck(), PendingLoss(), None
         # A signal stops the run once the checkpoint is sealed, so it comes last.
         own = [StartEpoch(), PrepareTraining(), GradientCheck(model), self._nonfinite, self._pending, SealCheckpoint()]
         super().__init__(model=model, args=args, callbacks=[*own, *callbacks, StopOnSignal()], **kwargs)
@@ -71,6 +71,8 @@ class RecipeTrainer(Trainer):
                 if self.args.load_best_model_at_end and best and folder != Path(self.args.output_dir):
                     folder = Path(best)
                 load_weights(self.model, folder)
+                if self.is_world_process_zero():
+                    print(f"nothing is left to train: the weights of {folder} are taken", flush=True)
                 return None
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
@@ -112,12 +114,15 @@ class RecipeTrainer(Trainer):
         # Private: no public hook stands around the writing of all of a checkpoint's files, and only there can a full disk be
         # told from other errors (torch and safetensors raise RuntimeErrors of their own for it).
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if self._saved_step == self.state.global_step:
+            return
         if self.args.should_save:
             # Left by a run that died while it wrote, or that was not taken.
             shutil.rmtree(folder, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         with _disk_errors(folder, str(folder), self.args.output_dir):
             super()._save_checkpoint(model, trial)
+        self._saved_step = self.state.global_step
 
 
 class _disk_errors:
