@@ -44,7 +44,7 @@ def train(folder: Path, rows: int, batch: int, flags: list[str]) -> dict:
     )
     seen = []
 
-    def count(module, inputs, kwargs):
+    def count(_module, _inputs, kwargs):
         if "labels" in kwargs:
             seen.append(int((kwargs["labels"] != -100).any(-1).sum()))
 
