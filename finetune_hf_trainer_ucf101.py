@@ -12,11 +12,14 @@ Written into --output_dir: weights or adapter and the processor, eval_before.jso
 curves.png, confusion.png, report.html, checkpoint-N/. `--help` lists all flags.
 """
 
+from pydantic import field_validator
+
 from finetuning.arguments import RecipeArguments, parse_args
 from finetuning.data.collator import DataCollatorForPhi3V
-from finetuning.data.conversation import from_jsonl
+from finetuning.data.conversation import Conversation
 from finetuning.data.dataset import ConversationDataset, StartEpoch
-from finetuning.data.reading import read_splits, take
+from finetuning.data.reading import first_rows, read_splits
+from finetuning.data.schemas import ConvertedRow, ConvertedTurn, parse_row
 from finetuning.errors import InputError, run
 from finetuning.results.evaluation import Prediction, evaluate
 from finetuning.results.metrics import exact_match
@@ -40,8 +43,21 @@ def load_splits(args: RecipeArguments):
     return read_splits(args.data_dir, evaluation=args.eval_split or ("val", "test"))
 
 
-# The frames of a clip are the images of its only turn.
-to_conversation = from_jsonl
+class ClipRow(ConvertedRow):
+    """{"id", "conversations": [{"images": paths of the frames, "user": the question, "assistant": the class}]}."""
+
+    @field_validator("conversations")
+    @classmethod
+    def check_frames(cls, turns: list[ConvertedTurn]) -> list[ConvertedTurn]:
+        """More turns may follow the one that shows the frames."""
+        if not turns[0].images:
+            raise ValueError("expected the frames of a clip as images of the first turn, found none")
+        return turns
+
+
+def to_conversation(row: dict) -> Conversation:
+    """The frames of a clip are the images of its first turn, usually its only one."""
+    return parse_row(row, ClipRow).to_conversation()
 
 
 def score(predictions: list[Prediction]) -> dict[str, float]:
@@ -58,7 +74,7 @@ def main():
     args = parse_args(num_crops=NUM_CROPS)
     processor = load_processor(args)
     train_rows, eval_rows = load_splits(args)
-    eval_rows = take(eval_rows, args.eval_size)
+    eval_rows = first_rows(eval_rows, args.eval_size)
     train_dataset = ConversationDataset(
         train_rows, to_conversation, processor, args.max_length, args.seed, args.batch_size
     )
