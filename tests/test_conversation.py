@@ -253,10 +253,10 @@ def one(user="What?", answers=("yes",), images=()) -> list[Turn]:
 
 
 REFUSED = {
-    "no turn": (lambda _: [], "at least one turn"),
+    "no turn": (lambda _: [], "at least one Turn"),
     "no answer": (lambda _: [*one(), Turn("And?", [])], "turn 2"),
     "a number as answer": (lambda _: one(answers=[42]), "42"),
-    "None as answer": (lambda _: one(answers=["yes", None]), "None"),
+    "None as answer": (lambda _: one(answers=["yes", None]), "answers[1]: expected text, found null"),
     "an empty answer": (lambda _: one(answers=[" "]), "' '"),
     "answers that are one text": (lambda _: [Turn("What?", "yes")], "yes"),
     "a number as question": (lambda _: one(user=42), "42"),
@@ -271,9 +271,12 @@ REFUSED = {
     "a missing image": (lambda folder: one(images=[folder / "gone.png"]), "gone.png"),
     "a file that is no image": (lambda folder: one(images=[not_an_image(folder)]), "notes.png"),
     "bytes that are no image": (lambda _: one(images=[{"bytes": b"no", "path": "p.png"}]), "p.png"),
-    "a folder as image": (lambda folder: one(images=[folder]), "expected an image"),
-    "no image where one should be": (lambda _: one(images=[None]), "None"),
-    "an image column without content": (lambda _: one(images=[{"bytes": None, "path": None}]), "None"),
+    "a folder as image": (lambda folder: one(images=[folder]), "expected an image file, found a directory"),
+    "no image where one should be": (lambda _: one(images=[None]), "images[0]: expected a picture"),
+    "an image column without content": (
+        lambda _: one(images=[{"bytes": None, "path": None}]),
+        "images[0]: expected a picture",
+    ),
     "a truncated image": (lambda folder: one(images=[truncated(folder)]), "cut.jpg"),
     "too long": (lambda _: one("What? " * 100), "found"),
 }

@@ -29,7 +29,7 @@ from urllib.parse import unquote, urlparse
 from pydantic import ValidationError
 
 from ..errors import InputError
-from .conversation import Conversation
+from .conversation import Conversation, check_conversation
 from .reading import Row, check_split, iterate_rows, resolve_images
 from .schemas import (
     ChatMessage,
@@ -169,7 +169,10 @@ def _to_sample(path: Path, line: int, row: Row, used: set[str], to_conversation:
         raise InputError(f"{sample_name(row)}{error}") from None
     if to_conversation is None:
         return Sample(path, line, split, True, row, parse_row(row, ConvertedRow).to_conversation())
-    return Sample(path, line, split, True, row, to_conversation(row))
+    conversation = to_conversation(row)
+    # A script's own function may return anything, and the sample goes by its id.
+    check_conversation(conversation, ())
+    return Sample(path, line, split, True, row, conversation)
 
 
 def _split_name(row: Row) -> str:

@@ -85,10 +85,11 @@ def _parse_list(text: str) -> Iterator[tuple[int, dict[str, Any] | InputError]]:
         line, start = line + text.count("\n", start, position), position
         if text[position : position + 1] == "]":
             return
-        row, position = _parse(text, position)
+        row, end = _parse(text, position)
         yield line, row
-        if isinstance(row, InputError):
+        if end is None:
             return
+        position = end
 
 
 def _end_of(pattern: re.Pattern, text: str, position: int) -> int:
@@ -96,8 +97,8 @@ def _end_of(pattern: re.Pattern, text: str, position: int) -> int:
     return match.end() if match else position
 
 
-def _parse(text: str, start: int | None) -> tuple[dict[str, Any] | InputError, int]:
-    """The object that is the whole text or begins at `start`, and where it ends."""
+def _parse(text: str, start: int | None) -> tuple[dict[str, Any] | InputError, int | None]:
+    """The object that is the whole text or begins at `start`, and where it ends, which broken JSON does not tell."""
     end = len(text)
     try:
         if start is None:
@@ -105,9 +106,9 @@ def _parse(text: str, start: int | None) -> tuple[dict[str, Any] | InputError, i
         else:
             row, end = json.JSONDecoder().raw_decode(text, start)
     except json.JSONDecodeError as error:
-        return InputError(f"expected a JSON object, found {error.msg} at column {error.colno}"), end
+        return InputError(f"expected a JSON object, found {error.msg} at column {error.colno}"), None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, too deep nesting
-        return InputError(f"expected a JSON object, found: {printable(str(error))}"), end
+        return InputError(f"expected a JSON object, found: {printable(str(error))}"), None
     if not isinstance(row, dict):
         return InputError(f"expected a JSON object, found {shown(row)}"), end
     return row, end
