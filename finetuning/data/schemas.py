@@ -226,6 +226,9 @@ def _expectation(fault: Any, path: list[str | int], row: Any) -> str:
         few = kind == "too_short"
         count = f"at least {context['min_length']}" if few else f"at most {context['max_length']}"
         return f"expected a list with {count} item(s), found {context['actual_length']}"
+    if kind in ("greater_than_equal", "less_than_equal"):
+        bound = f"at least {context['ge']}" if kind == "greater_than_equal" else f"at most {context['le']}"
+        return f"expected {bound}, found {found}"
     expected = {
         "literal_error": context.get("expected"),
         "string_type": "text",
