@@ -6,22 +6,32 @@ import json
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
+from bad_rows import good_row, png_header, write_folder
 from PIL import ExifTags, Image
 from recipe import write_jsonl
 from transformers import AutoTokenizer
 
 from finetuning import validate
-from finetuning.data import formats
+from finetuning.data import formats, images
 from finetuning.data.conversation import to_messages
 from finetuning.data.encoding import count_tokens, encode_conversation
+from finetuning.data.images import image_sizes
 from finetuning.data.reading import read_jsonl, read_splits
 from finetuning.data.schemas import ConvertedRow, parse_row
+from finetuning.errors import InputError
 from phi3v import Phi3VImageProcessor, Phi3VProcessor
 
 OFFICIAL_FOLDER = Path(__file__).parents[2] / "shared" / "phi35v"
+
+
+@pytest.fixture(autouse=True)
+def own_limit(monkeypatch):
+    """The limit of pixels that a test sets is gone in the next."""
+    monkeypatch.setenv(images._LIMIT, str(images.MAX_IMAGE_PIXELS))
 
 
 @pytest.fixture(scope="module")
@@ -595,3 +605,120 @@ def test_a_hundred_thousand_lines_in_less_than_a_minute(tmp_path, capsys, model)
     assert time.process_time() - start < 60
     assert status == 0
     assert {name: figures["samples"] for name, figures in report["splits"].items()} == {"train": 99_000, "test": 1_000}
+
+
+# ---- the same as in training
+
+
+def test_an_answer_with_leading_blanks_is_counted_as_it_is_trained(tmp_path, model, capsys):
+    # Alone the first is the longest; trained, <|assistant|> takes its blanks.
+    answers = ["        a", "b c d e", "f"]
+    write_jsonl(tmp_path / "train.jsonl", [row(1, assistant=answers)])
+    write_jsonl(tmp_path / "test.jsonl", [row(1)])
+    status, report = run_json(capsys, tmp_path, "--model_name_or_path", model)
+    assert status == 0
+    (conversation,) = map(from_converted, read_splits(tmp_path)[0])
+    trained = {
+        len(encode_conversation(conversation, tiny.processor(), epoch=epoch)["input_ids"]) for epoch in range(30)
+    }
+    assert len(trained) > 1
+    assert report["splits"]["train"]["tokens_per_epoch"] == max(trained)
+
+
+@pytest.mark.parametrize(("width", "status"), [(9_500, 0), (18_001, 2)])
+def test_training_and_the_checker_have_one_limit_of_pixels(width, status, tmp_path, model, capsys):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "large.png").write_bytes(png_header(width, 10_000))
+    write_jsonl(tmp_path / "train.jsonl", [row(1, ["large.png"])])
+    write_jsonl(tmp_path / "test.jsonl", [row(1)])
+    flags = ["--model_name_or_path", model, "--images", "headers"]
+    assert run(capsys, tmp_path, *flags)[0] == status
+    (conversation,) = map(from_converted, read_splits(tmp_path)[0])
+    if status:
+        with pytest.raises(InputError, match=rf"180000000 pixels \(--max_image_pixels\), found {width} x 10000"):
+            image_sizes(conversation)
+    else:
+        assert image_sizes(conversation) == [(width, 10_000)]
+    # and both can be told another
+    assert run(capsys, tmp_path, *flags, "--max_image_pixels", width * 10_000)[0] == 0
+    status, printed = run(capsys, tmp_path, *flags, "--max_image_pixels", width * 10_000 - 1)
+    assert status == 2
+    assert f"found {width} x 10000" in printed
+
+
+@pytest.mark.parametrize(("task", "num_crops"), [("docvqa", 16), ("hateful_memes", 16), ("nlvr2", 16), ("ucf101", 4)])
+def test_a_task_s_own_rows_are_counted_as_its_script_trains_them(task, num_crops, tmp_path, model, capsys):
+    write_folder(tmp_path, task, [good_row(task, number) for number in range(4)])
+    # Its own pictures for the rows to answer: the bytes decide what leaks.
+    flags = ["--task", task, "--model_name_or_path", model, "--all"]
+    report = run_json(capsys, tmp_path, *flags)[1]
+    assert all("images that train does not hold" in fault["message"] for fault in report["faults"])
+    assert report["num_crops"] == num_crops
+    script = validate.load_script(task)
+    rows, _ = script.load_splits(SimpleNamespace(data_dir=str(tmp_path), eval_split=None, full_train=False))
+    conversations = [script.to_conversation(row) for row in rows]
+    processor = tiny.processor(num_crops)
+    lengths = [len(encode_conversation(conversation, processor)["input_ids"]) for conversation in conversations]
+    figures = report["splits"]["train"]
+    assert figures["samples"] == 4
+    assert figures["tokens_per_sample"]["max"] == max(
+        count_tokens(conversation, processor) for conversation in conversations
+    )
+    assert figures["tokens_per_epoch"] >= sum(lengths)
+    assert run_json(capsys, tmp_path, *flags, "--num_crops", 2)[1]["num_crops"] == 2
+
+
+def test_a_script_of_one_s_own_checks_its_rows(tmp_path, model, capsys):
+    script = tmp_path / "finetune_mine.py"
+    script.write_text(
+        "from finetuning.data.conversation import Conversation, Turn\n"
+        "from finetuning.data.schemas import RowModel, Text, parse_row\n"
+        "NUM_CROPS = 3\n"
+        "class Riddle(RowModel):\n"
+        "    question: Text\n"
+        "def to_conversation(row):\n"
+        "    riddle = parse_row(row, Riddle)\n"
+        "    return Conversation(row['name'], [Turn(riddle.question, ['yes'])])\n"
+    )
+    data = tmp_path / "data"
+    data.mkdir()
+    write_jsonl(data / "train.jsonl", [{"name": "a", "question": "q"}, {"name": "b", "question": None}])
+    write_jsonl(data / "test.jsonl", [{"name": "c", "question": "q"}, {"name": 3, "question": "q"}])
+    status, report = run_json(capsys, data, "--task", script, "--model_name_or_path", model, "--all")
+    assert (status, report["num_crops"]) == (2, 3)
+    assert [fault["message"] for fault in report["faults"]] == [
+        "Conversation.id: expected text, found 3",
+        "question: expected text, found null",
+    ]
+
+
+def test_splits_that_training_does_not_read_can_be_left_out(tmp_path, model, capsys):
+    write_folder(tmp_path, "hateful_memes", [good_row("hateful_memes", number) for number in range(4)])
+    unlabelled = [{"id": 1, "img": "img/0.png", "text": "so funny"}]
+    write_jsonl(tmp_path / "test.jsonl", unlabelled)
+    flags = ["--task", "hateful_memes", "--model_name_or_path", model, "--all"]
+    assert "test.jsonl:1: sample 1: label: expected this field, found id, img, text" in run(capsys, tmp_path, *flags)[1]
+    report = run_json(capsys, tmp_path, *flags, "--splits", "train")[1]
+    assert (report["faults"], list(report["splits"])) == ([], ["train"])
+
+
+def test_rows_of_a_task_without_the_flag_that_reads_them(tmp_path, model, capsys):
+    write_folder(tmp_path, "docvqa", [good_row("docvqa", number) for number in range(2)])
+    status, printed = run(capsys, tmp_path, "--model_name_or_path", model)
+    assert status == 2
+    assert "rows.jsonl:1: sample page-0: expected the field" in printed
+    assert "--task reads rows of a task's own form" in printed
+
+
+@pytest.mark.parametrize(
+    ("flags", "found"),
+    [
+        (["--task", "vqa"], "--task vqa: expected docvqa, hateful_memes, nlvr2, ucf101 or the path of a script"),
+        (["--task", "gone.py"], "--task gone.py: expected docvqa"),
+        (["--task", "docvqa", "--convert", "out"], "--convert and --task: expected one of them"),
+        (["--max_image_pixels", "0"], "--max_image_pixels 0: expected at least 1 pixel"),
+    ],
+)
+def test_a_bad_task_is_one_line(flags, found, good, model, capsys):
+    assert validate.main([str(good), *flags, "--model_name_or_path", model]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {found}")
