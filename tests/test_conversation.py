@@ -446,8 +446,8 @@ class Opened(torch.utils.data.Dataset):
             return str(error)
 
 
-@pytest.mark.parametrize("start", [None, "fork", "spawn", "forkserver"])
-def test_the_limit_of_pixels_holds_in_workers_however_they_start(start, tmp_path):
+@pytest.mark.parametrize("start", [None, "fork", "spawn"])
+def test_the_limit_of_pixels_holds_in_forked_and_in_spawned_workers(start, tmp_path):
     tiny.picture(30, 20).save(tmp_path / "page.png")
     for limit in (600, 599):
         limit_pixels(limit)

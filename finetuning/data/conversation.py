@@ -93,14 +93,14 @@ def check_picture(value: Any) -> Any:
     Raises:
         ValueError: for anything else, with what was expected and found.
     """
-    if isinstance(value, Image.Image):
-        return value
     path = value
     if isinstance(value, dict):
         if isinstance(value.get("bytes"), bytes) and value["bytes"]:
             return value
         path = value.get("path")
-    if isinstance(path, os.PathLike) or (isinstance(path, str) and path.strip()):
+    if path.strip() if isinstance(path, str) else isinstance(path, os.PathLike):
+        return value
+    if isinstance(value, Image.Image):
         return value
     raise ValueError(f"expected a picture (a path, a PIL image or an object with bytes or path), found {shown(value)}")
 

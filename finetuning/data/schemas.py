@@ -263,15 +263,11 @@ def _required_fields(model: type[RowModel]) -> tuple[str, ...]:
 
 def _closest_model(row: Mapping[str, Any], models: tuple[type[Model], ...]) -> type[Model] | None:
     """The first model whose required fields are all there, or else the one of which most are; None without any."""
-    best, most = None, 0.0
     for model in models:
-        names = _required_fields(model)
-        present = sum(name in row for name in names)
-        if present == len(names):
+        if all(name in row for name in _required_fields(model)):
             return model
-        if present > most:
-            best, most = model, present
-    return best
+    present = [sum(name in row for name in _required_fields(model)) for model in models]
+    return models[present.index(max(present))] if any(present) else None
 
 
 def _field_names(row: Mapping) -> str:
