@@ -210,7 +210,14 @@ def check_folder(
                 break
         else:
             faults += find_leaks(uses, pictures, pool)
-            unread = check_splits(folder, files, splits) if only is None else []
+            if only is None:
+                unread = check_splits(folder, files, splits)
+            else:
+                unread = [
+                    Fault(str(folder), None, f"expected the split {name}, found none")
+                    for name in only
+                    if name not in splits
+                ]
             faults, remarks = (faults + unread, []) if native else (faults, [str(fault) for fault in unread])
     order = {str(path): number for number, path in enumerate(files)}
     return sorted(faults, key=lambda fault: (order.get(fault.file, -1), fault.line or 0)), remarks, splits

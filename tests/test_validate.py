@@ -700,6 +700,7 @@ def test_splits_that_training_does_not_read_can_be_left_out(tmp_path, model, cap
     assert "test.jsonl:1: sample 1: label: expected this field, found id, img, text" in run(capsys, tmp_path, *flags)[1]
     report = run_json(capsys, tmp_path, *flags, "--splits", "train")[1]
     assert (report["faults"], list(report["splits"])) == ([], ["train"])
+    assert "expected the split trian, found none" in run(capsys, tmp_path, *flags, "--splits", "trian")[1]
 
 
 def test_rows_of_a_task_without_the_flag_that_reads_them(tmp_path, model, capsys):

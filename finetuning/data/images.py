@@ -157,8 +157,11 @@ def _guarded(function: Callable[[], Result], name: str) -> Result:
     """Result of a call of Pillow; what a damaged file makes it raise becomes an InputError."""
     try:
         return function()
-    except (InputError, MemoryError, Image.DecompressionBombError):
+    except (InputError, MemoryError):
         raise
+    except Image.DecompressionBombError as error:  # far above the limit, or a frame inside the file is
+        limit = f"{pixel_limit()} pixels (--max_image_pixels)"
+        raise InputError(f"{name}: expected at most {limit}, found: {printable(str(error))}") from None
     except Image.UnidentifiedImageError:
         raise InputError(
             f"{name}: expected a JPEG, PNG, WebP, BMP, GIF, TIFF or PPM image, found another format or a damaged header"
