@@ -14,12 +14,15 @@ Written into --output_dir: weights or adapter and the processor, eval_before.jso
 curves.png, report.html, checkpoint-N/. `--help` lists all flags.
 """
 
+from pydantic import Field
+
 from finetuning.arguments import RecipeArguments, parse_args
 from finetuning.data.collator import DataCollatorForPhi3V
-from finetuning.data.conversation import Conversation, Turn, from_jsonl
+from finetuning.data.conversation import Conversation, Turn
 from finetuning.data.dataset import build_dataset
 from finetuning.data.hub import load_hub
 from finetuning.data.reading import read_splits
+from finetuning.data.schemas import CauldronRow, ConvertedRow, Picture, RowId, RowModel, Text, parse_row
 from finetuning.errors import run
 from finetuning.results.evaluation import Prediction, evaluate, score_again
 from finetuning.results.metrics import anls
@@ -43,20 +46,33 @@ def load_splits(args: RecipeArguments):
     return train, load_hub(args, "nielsr/docvqa_1200_examples", split="test")
 
 
+class Question(RowModel):
+    en: Text
+
+
+class DocVQARow(RowModel):
+    """A page, a question and its acceptable answers."""
+
+    id: RowId
+    image: Picture
+    query: Question
+    answers: list[Text] = Field(min_length=1)
+
+
 def to_conversation(row: dict) -> Conversation:
     """One page and its question; the_cauldron's rows ask several questions about a page, one a turn."""
-    if "conversations" in row:
-        return from_jsonl(row)
-    if "texts" in row:
-        # There a line such as "Give a very brief answer." follows the question, and a full stop each answer.
+    parsed = parse_row(row, ConvertedRow, CauldronRow, DocVQARow)
+    if isinstance(parsed, ConvertedRow):
+        return parsed.to_conversation()
+    if isinstance(parsed, CauldronRow):
+        # There a full stop follows each answer.
         turns = [
-            Turn(PROMPT.format(question=text["user"].splitlines()[0]), [text["assistant"].removesuffix(".")])
-            for text in row["texts"]
+            Turn(PROMPT.format(question=text.question), [text.assistant.removesuffix(".")]) for text in parsed.texts
         ]
-        turns[0].images = row["images"]
-        return Conversation(row["id"], turns)
-    turn = Turn(PROMPT.format(question=row["query"]["en"]), row["answers"], [row["image"]])
-    return Conversation(row["id"], [turn])
+        turns[0].images = parsed.images
+    else:
+        turns = [Turn(PROMPT.format(question=parsed.query.en), parsed.answers, [parsed.image])]
+    return Conversation(parsed.id, turns)
 
 
 def score(predictions: list[Prediction]) -> dict[str, float]:

@@ -13,14 +13,16 @@ Written into --output_dir: weights or adapter and the processor, eval_before.jso
 curves.png, confusion.png, report.html, checkpoint-N/. `--help` lists all flags.
 """
 
+from pydantic import Field
 from sklearn.metrics import roc_auc_score
 
 from finetuning.arguments import RecipeArguments, parse_args
 from finetuning.data.collator import DataCollatorForPhi3V
-from finetuning.data.conversation import Conversation, Turn, from_jsonl
+from finetuning.data.conversation import Conversation, Turn
 from finetuning.data.dataset import build_dataset
 from finetuning.data.hub import load_hub
 from finetuning.data.reading import read_splits
+from finetuning.data.schemas import CauldronRow, ConvertedRow, Picture, RowId, RowModel, Text, parse_row
 from finetuning.errors import run
 from finetuning.results.evaluation import Prediction, evaluate, score_again
 from finetuning.results.metrics import exact_match
@@ -43,16 +45,26 @@ def load_splits(args: RecipeArguments):
     return rows.select(range(HELD_OUT, len(rows))), rows.select(range(HELD_OUT))
 
 
+class MemeRow(RowModel):
+    """A row of the challenge, 1 for hateful; its files without labels cannot be trained on."""
+
+    id: RowId
+    img: Picture
+    text: Text
+    label: int = Field(ge=0, le=1)
+
+
 def to_conversation(row: dict) -> Conversation:
     """One meme and its text; the answer is yes or no."""
-    if "conversations" in row:
-        conversation = from_jsonl(row)
-    elif "texts" in row:
-        text = row["texts"][0]
-        conversation = Conversation(str(row["id"]), [Turn(text["user"], [text["assistant"]], row["images"])])
+    parsed = parse_row(row, ConvertedRow, CauldronRow, MemeRow)
+    if isinstance(parsed, ConvertedRow):
+        conversation = parsed.to_conversation()
+    elif isinstance(parsed, CauldronRow):
+        text = parsed.texts[0]
+        conversation = Conversation(parsed.id, [Turn(text.user, [text.assistant], parsed.images)])
     else:
-        turn = Turn(PROMPT.format(text=row["text"]), [CHOICES[row["label"]]], [row["img"]])
-        conversation = Conversation(str(row["id"]), [turn])
+        turn = Turn(PROMPT.format(text=parsed.text), [CHOICES[parsed.label]], [parsed.img])
+        conversation = Conversation(parsed.id, [turn])
     for turn in conversation.turns:
         turn.choices = CHOICES
     return conversation

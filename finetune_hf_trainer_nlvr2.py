@@ -14,12 +14,15 @@ Written into --output_dir: weights or adapter and the processor, eval_before.jso
 curves.png, confusion.png, report.html, checkpoint-N/. `--help` lists all flags.
 """
 
+from pydantic import Field
+
 from finetuning.arguments import RecipeArguments, parse_args
 from finetuning.data.collator import DataCollatorForPhi3V
-from finetuning.data.conversation import Conversation, Turn, from_jsonl
+from finetuning.data.conversation import Conversation, Turn
 from finetuning.data.dataset import build_dataset
 from finetuning.data.hub import load_hub
 from finetuning.data.reading import read_splits
+from finetuning.data.schemas import CauldronText, ConvertedRow, Picture, RowId, RowModel, parse_row
 from finetuning.errors import run
 from finetuning.results.evaluation import Prediction, evaluate, score_again
 from finetuning.results.metrics import exact_match
@@ -40,13 +43,22 @@ def load_splits(args: RecipeArguments):
     return rows.select(range(HELD_OUT, len(rows))), rows.select(range(HELD_OUT))
 
 
+class PairRow(RowModel):
+    """Two pictures and statements about them, each {"user", "assistant"}: the form of the_cauldron."""
+
+    id: RowId
+    images: list[Picture] = Field(min_length=2, max_length=2)
+    texts: list[CauldronText] = Field(min_length=1)
+
+
 def to_conversation(row: dict) -> Conversation:
     """Two pictures, shown in the first turn, and one statement a turn; every turn is trained and answered."""
-    if "conversations" in row:
-        return from_jsonl(row)
-    turns = [Turn(text["user"], [text["assistant"]]) for text in row["texts"]]
-    turns[0].images = row["images"]
-    return Conversation(str(row["id"]), turns)
+    parsed = parse_row(row, ConvertedRow, PairRow)
+    if isinstance(parsed, ConvertedRow):
+        return parsed.to_conversation()
+    turns = [Turn(text.user, [text.assistant]) for text in parsed.texts]
+    turns[0].images = parsed.images
+    return Conversation(parsed.id, turns)
 
 
 def score(predictions: list[Prediction]) -> dict[str, float]:

@@ -12,11 +12,14 @@ Written into --output_dir: weights or adapter and the processor, eval_before.jso
 curves.png, confusion.png, report.html, checkpoint-N/. `--help` lists all flags.
 """
 
+from pydantic import field_validator
+
 from finetuning.arguments import RecipeArguments, parse_args
 from finetuning.data.collator import DataCollatorForPhi3V
-from finetuning.data.conversation import from_jsonl
+from finetuning.data.conversation import Conversation
 from finetuning.data.dataset import build_dataset
 from finetuning.data.reading import read_splits
+from finetuning.data.schemas import ConvertedRow, ConvertedTurn, parse_row
 from finetuning.errors import InputError, run
 from finetuning.results.evaluation import Prediction, evaluate, score_again
 from finetuning.results.metrics import exact_match
@@ -39,8 +42,21 @@ def load_splits(args: RecipeArguments):
     return read_splits(args.data_dir, evaluation=args.eval_split or ("val", "test"))
 
 
-# The frames of a clip are the images of its only turn.
-to_conversation = from_jsonl
+class ClipRow(ConvertedRow):
+    """{"id", "conversations": [{"images": paths of the frames, "user": the question, "assistant": the class}]}."""
+
+    @field_validator("conversations")
+    @classmethod
+    def check_frames(cls, turns: list[ConvertedTurn]) -> list[ConvertedTurn]:
+        """More turns may follow the one that shows the frames."""
+        if not turns[0].images:
+            raise ValueError("expected the frames of a clip as images of the first turn, found none")
+        return turns
+
+
+def to_conversation(row: dict) -> Conversation:
+    """The frames of a clip are the images of its first turn, usually its only one."""
+    return parse_row(row, ClipRow).to_conversation()
 
 
 def score(predictions: list[Prediction]) -> dict[str, float]:

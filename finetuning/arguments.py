@@ -20,6 +20,7 @@ from transformers.utils import logging
 
 from phi3v.modeling_phi3_v import SDPA_PACKED
 
+from .data.images import MAX_IMAGE_PIXELS
 from .environment import check_shared_memory, prepare_process, use_gloo_in_deepspeed
 from .errors import InputError
 
@@ -108,7 +109,7 @@ class RecipeArguments(TrainingArguments):
     data_dir: str | None = HfArg(default=None, help="folder with your own data instead of the data set on the hub")
     full_train: bool = _switch(False, "train on the whole data set instead of the small split (DocVQA)")
     max_image_pixels: int = HfArg(
-        default=180_000_000, help="largest image that is decoded, in pixels: a small file may hold a huge one"
+        default=MAX_IMAGE_PIXELS, help="largest image that is decoded, in pixels: a small file may hold a huge one"
     )
     num_crops: int = HfArg(default=16, help="most crops of 336 x 336 pixels an image is cut into, 1 to 16")
     max_length: int | None = HfArg(

@@ -7,8 +7,8 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
-from PIL import Image
 
+from .data.images import limit_pixels
 from .errors import InputError
 
 OPEN_FILES, FEWEST_OPEN_FILES = 4096, 256
@@ -29,7 +29,7 @@ def prepare_process(use_cpu: bool, backend: str | None, timeout: int, max_image_
         InputError: if the machine allows too little of something.
     """
     raise_file_limit()
-    Image.MAX_IMAGE_PIXELS = max_image_pixels
+    limit_pixels(max_image_pixels)
     # Started by plain python: one process, as `torchrun --nproc_per_node=1` would set it up.
     single = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost", "MASTER_PORT": 0}
     for name, value in single.items():

@@ -3,7 +3,9 @@
 import functools
 import io
 import json
+import random
 import re
+import warnings
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +14,7 @@ import pytest
 import recipe
 import tiny
 import torch
+from bad_rows import png_header
 from PIL import ExifTags, Image
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, Trainer
@@ -20,7 +23,7 @@ from finetuning.data.collator import DataCollatorForPhi3V
 from finetuning.data.conversation import Conversation, Turn, check_conversation, control_tokens, to_messages
 from finetuning.data.dataset import ConversationDataset, StartEpoch
 from finetuning.data.encoding import choose_answers, count_tokens, encode_conversation
-from finetuning.data.images import load_images, open_image
+from finetuning.data.images import image_size, limit_pixels, load_image, load_images, open_image
 from finetuning.errors import InputError
 from finetuning.training.loading import load_model
 from phi3v import Phi3VImageProcessor, Phi3VProcessor
@@ -253,10 +256,10 @@ def one(user="What?", answers=("yes",), images=()) -> list[Turn]:
 
 
 REFUSED = {
-    "no turn": (lambda _: [], "at least one turn"),
+    "no turn": (lambda _: [], "at least one Turn"),
     "no answer": (lambda _: [*one(), Turn("And?", [])], "turn 2"),
     "a number as answer": (lambda _: one(answers=[42]), "42"),
-    "None as answer": (lambda _: one(answers=["yes", None]), "None"),
+    "None as answer": (lambda _: one(answers=["yes", None]), "answers[1]: expected text, found null"),
     "an empty answer": (lambda _: one(answers=[" "]), "' '"),
     "answers that are one text": (lambda _: [Turn("What?", "yes")], "yes"),
     "a number as question": (lambda _: one(user=42), "42"),
@@ -271,9 +274,12 @@ REFUSED = {
     "a missing image": (lambda folder: one(images=[folder / "gone.png"]), "gone.png"),
     "a file that is no image": (lambda folder: one(images=[not_an_image(folder)]), "notes.png"),
     "bytes that are no image": (lambda _: one(images=[{"bytes": b"no", "path": "p.png"}]), "p.png"),
-    "a folder as image": (lambda folder: one(images=[folder]), "expected an image"),
-    "no image where one should be": (lambda _: one(images=[None]), "None"),
-    "an image column without content": (lambda _: one(images=[{"bytes": None, "path": None}]), "None"),
+    "a folder as image": (lambda folder: one(images=[folder]), "expected an image file, found a directory"),
+    "no image where one should be": (lambda _: one(images=[None]), "images[0]: expected a picture"),
+    "an image column without content": (
+        lambda _: one(images=[{"bytes": None, "path": None}]),
+        "images[0]: expected a picture",
+    ),
     "a truncated image": (lambda folder: one(images=[truncated(folder)]), "cut.jpg"),
     "too long": (lambda _: one("What? " * 100), "found"),
 }
@@ -419,6 +425,92 @@ def test_open_image_leaves_the_pixels_for_later(tmp_path):
     assert open_image(image) is image
     with pytest.raises(InputError, match="image bytes"):
         open_image({"bytes": b"no", "path": None})
+
+
+# ---- the limit of pixels
+
+
+class Opened(torch.utils.data.Dataset):
+    """Says what opening an image comes to."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        try:
+            return open_image(self.path).size
+        except InputError as error:
+            return str(error)
+
+
+@pytest.mark.parametrize("start", [None, "fork", "spawn"])
+def test_the_limit_of_pixels_holds_in_forked_and_in_spawned_workers(start, tmp_path):
+    tiny.picture(30, 20).save(tmp_path / "page.png")
+    for limit in (600, 599):
+        limit_pixels(limit)
+        loader = DataLoader(
+            Opened(tmp_path / "page.png"),
+            batch_size=None,
+            num_workers=int(start is not None),
+            multiprocessing_context=start,
+        )
+        (found,) = loader
+        if limit == 600:
+            assert list(found) == [30, 20]
+        else:
+            assert found.endswith("page.png: expected at most 599 pixels (--max_image_pixels), found 30 x 20")
+
+
+def test_the_limit_of_pixels_is_the_only_one(tmp_path):
+    # Pillow's own errors begin at 179 million pixels.
+    (tmp_path / "large.png").write_bytes(png_header(20_000, 10_000))
+    with pytest.raises(InputError, match="at most 180000000 pixels"):
+        open_image(tmp_path / "large.png")
+    limit_pixels(200_000_000)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert open_image(tmp_path / "large.png").size == (20_000, 10_000)
+    with pytest.raises(InputError, match=r"large.png: expected a whole image, found: "):
+        load_image(tmp_path / "large.png")
+    limit_pixels(100)
+    with pytest.raises(InputError, match="image: expected at most 100 pixels"):
+        open_image(tiny.picture(11, 10))
+
+
+def test_only_the_named_formats_are_opened(tmp_path):
+    for suffix in ("jpg", "png", "webp", "bmp", "gif", "tiff", "ppm"):
+        tiny.picture(30, 20).save(tmp_path / f"a.{suffix}")
+        assert load_image(tmp_path / f"a.{suffix}").size == (30, 20)
+    tiny.picture(30, 20).save(tmp_path / "phone.jpg", "MPO", save_all=True, append_images=[tiny.picture(30, 20, 1)])
+    assert load_image(tmp_path / "phone.jpg").size == (30, 20)
+    for suffix in ("ico", "tga", "pcx", "eps", "jp2", "dds"):
+        tiny.picture(32, 32).save(tmp_path / f"a.{suffix}")
+        with pytest.raises(
+            InputError, match="expected a JPEG, PNG, WebP, BMP, GIF, TIFF or PPM image, found another format"
+        ):
+            open_image(tmp_path / f"a.{suffix}")
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "bmp", "gif", "tiff"])
+def test_a_damaged_image_is_read_or_refused_in_one_line(suffix, tmp_path):
+    path, chance = tmp_path / f"a.{suffix}", random.Random(suffix)
+    tiny.picture(60, 40).save(path)
+    content = path.read_bytes()
+    for number in range(60):
+        damaged = bytearray(content[: chance.randrange(1, len(content))] if number % 3 == 0 else content)
+        for _ in range(number % 20):
+            damaged[chance.randrange(min(len(damaged), 300))] = chance.randrange(256)
+        path.write_bytes(damaged)
+        for function in (image_size, load_image):
+            try:
+                function(path)
+            except InputError as error:
+                line = str(error)
+                assert line.startswith(f"{path}: expected")  # noqa: PT017
+                assert line.isprintable()  # noqa: PT017
 
 
 # ---- the data set

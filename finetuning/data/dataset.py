@@ -13,10 +13,13 @@ from phi3v import Phi3VProcessor
 
 from ..arguments import RecipeArguments
 from ..errors import InputError, ScriptError, describe_script_error
-from .conversation import Conversation, check_conversation, control_tokens
+from .conversation import Conversation, check_conversation, check_unique_ids, control_tokens
 from .encoding import check_length, count_tokens, encode_conversation
 from .fingerprint import Fingerprint, fingerprint
 from .images import load_images
+from .reading import first_rows, where
+from .schemas import row_id
+from .shown import printable
 
 # Rows whose texts are kept to show what has changed; of all others the digests are.
 ROWS_WITH_TEXT = 10_000
@@ -125,8 +128,8 @@ def build_dataset(
         raise InputError(
             f"load_splits: expected a list or datasets.Dataset of rows {purpose}, found {type(rows).__name__}; list(...) makes one"
         )
-    if split == "eval" and args.eval_size is not None and args.eval_size < len(rows):
-        rows = rows.select(range(args.eval_size)) if hasattr(rows, "select") else rows[: args.eval_size]
+    if split == "eval":
+        rows = first_rows(rows, args.eval_size)
     if split == "train" and not len(rows):
         raise InputError("load_splits: expected at least one row to train on, found none")
     state = PartialState()
@@ -137,16 +140,26 @@ def build_dataset(
         raise ScriptError(min(faults)[1])
     bad = sorted((row for checked in shares for row in checked.bad), key=lambda row: row.index)
     _refuse_bad_rows(bad, len(rows), args, purpose)
-    _refuse_equal_ids([pair for checked in shares for pair in checked.fingerprints], rows, purpose)
+    known = sorted((pair for checked in shares for pair in checked.fingerprints), key=lambda pair: pair[0])
+    check_unique_ids((found.id for _, found in known), lambda number: where(rows[known[number][0]], known[number][0]))
     lengths = _in_order(pair for checked in shares for pair in checked.lengths)
-    fingerprints = _in_order(pair for checked in shares for pair in checked.fingerprints)
+    fingerprints = [found for _, found in known]
     if bad:
         left_out = {row.index for row in bad}
         kept = [index for index in range(len(rows)) if index not in left_out]
         rows = rows.select(kept) if hasattr(rows, "select") else [rows[index] for index in kept]
     skip = args.on_bad_row == "skip"
-    known = fingerprints if state.is_main_process else None
-    return ConversationDataset(rows, to_conversation, processor, lengths, args.max_length, args.seed, known, bad, skip)
+    return ConversationDataset(
+        rows,
+        to_conversation,
+        processor,
+        lengths,
+        args.max_length,
+        args.seed,
+        fingerprints if state.is_main_process else None,
+        bad,
+        skip,
+    )
 
 
 def _in_order(pairs) -> list:
@@ -157,8 +170,8 @@ def _check_share(rows, share, to_conversation, processor, args: RecipeArguments,
     checked, skip = _Checked(), args.on_bad_row == "skip"
     for index in share:
         row = rows[index]
-        where = getattr(row, "where", f"row {index + 1}")
-        name = f"{where} (id {row['id']})" if isinstance(row, dict) and isinstance(row.get("id"), str | int) else where
+        place, name = where(row, index), row_id(row)
+        name = place if name is None else f"{place} (id {printable(name)})"
         try:
             length, known = _check_row(row, to_conversation, processor, args, skip and split == "eval")
             if index == share[0] and fingerprint(to_conversation(row), args.data_dir) != known:
@@ -167,8 +180,7 @@ def _check_share(rows, share, to_conversation, processor, args: RecipeArguments,
                     "several acceptable answers go into Turn(answers=[...])"
                 )
         except InputError as error:
-            message = str(error) if str(error).startswith(where) else f"{where}: {error}"
-            checked.bad.append(BadRow(split, index, where, message))
+            checked.bad.append(BadRow(split, index, place, f"{place}: {error}"))
             if not skip:
                 break
             continue
@@ -188,15 +200,9 @@ def _check_share(rows, share, to_conversation, processor, args: RecipeArguments,
 def _check_row(row, to_conversation, processor, args: RecipeArguments, decode: bool) -> tuple[int, Fingerprint]:
     """The row's length in tokens, with its longest answers, and its fingerprint."""
     conversation = to_conversation(row)
-    if not isinstance(conversation, Conversation):
-        raise InputError(f"to_conversation: expected a Conversation, found {type(conversation).__name__}")
     check_conversation(conversation, control_tokens(processor.tokenizer))
-    sample = f"sample {conversation.id}"
-    try:
-        length = count_tokens(conversation, processor)
-    except InputError as error:
-        raise InputError(f"{sample}: {error}") from None
-    check_length(length, args.max_length, sample)
+    length = count_tokens(conversation, processor)
+    check_length(length, args.max_length, f"sample {printable(conversation.id)}")
     if decode:
         load_images(conversation)
     return length, fingerprint(conversation, args.data_dir)
@@ -219,19 +225,6 @@ def _refuse_bad_rows(bad: list[BadRow], count: int, args: RecipeArguments, purpo
         )
     if len(bad) == count:
         raise InputError(f"expected at least one row {purpose} that can be used, found none: {bad[0].message}")
-
-
-def _refuse_equal_ids(fingerprints: list[tuple[int, Fingerprint]], rows: Sequence, purpose: str) -> None:
-    if len({known.id for _, known in fingerprints}) == len(fingerprints):
-        return
-    seen: dict[str, int] = {}
-    for index, known in sorted(fingerprints, key=lambda pair: pair[0]):
-        if known.id in seen:
-            first, second = (getattr(rows[number], "where", f"row {number + 1}") for number in (seen[known.id], index))
-            raise InputError(
-                f"{second}: expected an id of its own for each row {purpose}, found that of {first}: {known.id!r:.100}"
-            )
-        seen[known.id] = index
 
 
 class StartEpoch(TrainerCallback):

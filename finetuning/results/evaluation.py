@@ -135,7 +135,10 @@ def generate_answers(model, dataset: ConversationDataset, args: RecipeArguments,
     if todo:
         model.eval()
     if todo and kept and rank == 0:
-        print(f"{stage} training: {len(todo)} of {len(prompts)} questions are asked, the other answers are kept", flush=True)
+        print(
+            f"{stage} training: {len(todo)} of {len(prompts)} questions are asked, the other answers are kept",
+            flush=True,
+        )
     bar = tqdm(
         total=len(prompts), initial=len(kept), desc=f"answers {stage} training", disable=args.disable_tqdm or rank > 0
     )
@@ -368,7 +371,8 @@ def score_again(
         return False
     if args.process_index == 0:
         print(
-            f"this run is finished, nothing is trained or asked; --overwrite_output_dir starts afresh ({folder})", flush=True
+            f"this run is finished, nothing is trained or asked; --overwrite_output_dir starts afresh ({folder})",
+            flush=True,
         )
     for stage in stages if questions else ():
         path = folder / f"eval_{stage}.json"
