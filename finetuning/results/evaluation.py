@@ -306,6 +306,8 @@ def evaluate(
     start = time.monotonic()
     predictions = generate_answers(model, dataset, args, stage)
     figures = _score(score, predictions)
+    if _is_of(earlier, figures, predictions):
+        return earlier
     seconds = round(time.monotonic() - start, 2)
     result = {
         **figures,
@@ -323,6 +325,17 @@ def evaluate(
         shown = ", ".join(f"{name} {value:.4f}" for name, value in figures.items() if "/" not in name)
         print(f"{stage} training: {shown} ({len(predictions)} answers, {seconds:.0f} s) -> {path}", flush=True)
     return result
+
+
+def _is_of(evaluation: dict[str, Any], figures: dict[str, float], predictions: list[Prediction]) -> bool:
+    """Whether a file `eval_<stage>.json` says just these figures and answers."""
+    lists = {"ids", "answers_unique", "generated_texts_unique", "num_answers", "seconds"}
+    return (
+        {name: value for name, value in evaluation.items() if name not in lists} == figures
+        and evaluation.get("ids") == [prediction.id for prediction in predictions]
+        and evaluation.get("answers_unique") == [prediction.references for prediction in predictions]
+        and evaluation.get("generated_texts_unique") == [prediction.answer for prediction in predictions]
+    )
 
 
 def _read_evaluation(path: Path) -> dict[str, Any]:
@@ -382,10 +395,7 @@ def score_again(
             replace(question, answer=kept[number]["answer"], choices=kept[number]["choices"])
             for number, question in enumerate(questions)
         ]
-        figures = _score(score, predictions)
-        names = [name for name, value in earlier.items() if isinstance(value, float) and name != "seconds"]
-        same = figures == {name: earlier[name] for name in names}
-        if not same or earlier.get("answers_unique") != [item.references for item in predictions]:
+        if not _is_of(earlier, _score(score, predictions), predictions):
             if args.process_index == 0:
                 print(f"{stage} training: the kept answers are scored again", flush=True)
             evaluate(None, dataset, score, args, stage)

@@ -200,7 +200,10 @@ def _settle(
     record = found.record
     if finished or (chosen and found.earlier):
         record = {**found.earlier, **record, "started": found.earlier["started"]}
-    write_run(output, record, {"train": train.fingerprints, "eval": evaluation.fingerprints})
+    known = {"train": train.fingerprints, "eval": evaluation.fingerprints}
+    same_rows = found.earlier is not None and found.earlier["rows"] == record["rows"] and (output / ROWS).exists()
+    if not same_rows or found.earlier != record:
+        write_run(output, record, None if same_rows else known)
     bad = [*train.bad_rows, *evaluation.bad_rows]
     if bad:
         lines = [json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in bad]

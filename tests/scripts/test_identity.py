@@ -14,7 +14,7 @@ from launch import ROOT, Run, script, several
 ROWS, QUESTIONS = 8, 3
 STRATEGIES = {"full": ["--deepspeed", "none"], "lora": ["--use_lora", "--lora_rank", "4", "--lora_dropout", "0.1"]}
 SOURCE = Path(script("docvqa")).read_text(encoding="utf-8")
-ANSWERS = 'row["answers"]'
+ANSWERS = "parsed.answers"
 SPLITS = 'return read_splits(args.data_dir, evaluation=args.eval_split or ("test", "val"))'
 
 
@@ -52,7 +52,7 @@ EDITS = {
         [f"other prompts in {ROWS} of {ROWS} rows to train on", "shortly", "briefly", "page-0"],
         {"Answer briefly.": "Answer shortly."},
     ),
-    "label": Edit([f"other answers in {ROWS} of {ROWS} rows"], {ANSWERS: '[text + "!" for text in row["answers"]]'}),
+    "label": Edit([f"other answers in {ROWS} of {ROWS} rows"], {ANSWERS: '[text + "!" for text in parsed.answers]'}),
     "one answer": Edit([f"other answers in 1 of {ROWS} rows", "page-2", "another answer"], rows=other_answer),
     "one picture": Edit([f"other pictures in 1 of {ROWS} rows", "page-3"], touched="3.png"),
     "order of rows": Edit(["in another order"], rows=lambda rows: [rows[1], rows[0], *rows[2:]]),
