@@ -6,7 +6,6 @@ B rows, N tokens, C crops over the whole batch, S pixels a crop side, T image to
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface, GenerationMixin
 from transformers import initialization as init
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -15,13 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.clip.modeling_clip import CLIPVisionModel
-from transformers.models.phi3.modeling_phi3 import (
-    Phi3MLP,
-    Phi3Model,
-    Phi3PreTrainedModel,
-    Phi3RMSNorm,
-    Phi3RotaryEmbedding,
-)
+from transformers.models.phi3.modeling_phi3 import Phi3Model, Phi3PreTrainedModel, Phi3RotaryEmbedding
 from transformers.utils import can_return_tuple
 
 from .configuration_phi3_v import Phi3VConfig
@@ -46,42 +39,6 @@ def sdpa_packed(module, query, key, value, attention_mask, sample_lengths: list[
 
 AttentionInterface.register(SDPA_PACKED, sdpa_packed)
 AttentionMaskInterface.register(SDPA_PACKED, sdpa_mask)
-
-
-def _recomputed(function, *inputs):
-    """`function(*inputs)`, elementwise, of which only the inputs are kept for the backward pass.
-
-    Computing it again costs next to nothing beside the matrix products, and what it would keep, some of it in float32, is a
-    third of a layer's activations.
-    """
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return function(*inputs)  # a compiler makes its own choice of what to keep
-    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
-
-
-class Phi3VRMSNorm(Phi3RMSNorm):
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return _recomputed(super().forward, hidden_states)
-
-
-class Phi3VMLP(Phi3MLP):
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(_recomputed(self._swiglu, self.gate_up_proj(hidden_states)))
-
-    def _swiglu(self, gate_up: torch.Tensor) -> torch.Tensor:
-        gate, up = gate_up.chunk(2, dim=-1)
-        return up * self.activation_fn(gate)
-
-
-class Phi3VVisionActivation(nn.Module):
-    """CLIP's activation function."""
-
-    def __init__(self, function: nn.Module):
-        super().__init__()
-        self.function = function
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return _recomputed(self.function, hidden_states)
 
 
 class Phi3VRotaryEmbedding(nn.Module):
@@ -132,8 +89,6 @@ class Phi3VVisionTower(nn.Module):
     def __init__(self, config: Phi3VConfig):
         super().__init__()
         self.vision_model = CLIPVisionModel(config.vision_config)
-        for layer in self.vision_model.encoder.layers:
-            layer.mlp.activation_fn = Phi3VVisionActivation(layer.mlp.activation_fn)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Patch features of the last layer but one, without the class token: (C, 3, S, S) -> (C, patches, width).
@@ -287,11 +242,6 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
     def __init__(self, config: Phi3VConfig):
         super().__init__(config)
         self.rotary_emb = Phi3VRotaryEmbedding(config)
-        self.norm = Phi3VRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        for layer in self.layers:
-            layer.mlp = Phi3VMLP(config)
-            layer.input_layernorm = Phi3VRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-            layer.post_attention_layernorm = Phi3VRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.vision_embed_tokens = Phi3VImageEmbedding(config)
         self.post_init()
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Phi3Config
 from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
-from phi3v import Phi3VForCausalLM, modeling_phi3_v
+from phi3v import Phi3VForCausalLM
 from phi3v.modeling_phi3_v import Phi3VRotaryEmbedding
 
 PROCESSOR = tiny.processor()
@@ -301,34 +301,6 @@ def test_gradient_checkpointing_recomputes_both_towers_and_changes_nothing():
     assert (len(clip), len(phi)) == (2, 2), "forward, and once more in backward"
     assert loss == expected_loss
     assert_same_gradients(found, expected)
-
-
-def saved_bytes(model, batch) -> int:
-    """Bytes that the forward pass keeps for the backward pass, each storage once, without the weights."""
-    weights = {tensor.untyped_storage().data_ptr() for tensor in model.parameters()}
-    kept = {}
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(**batch)
-    return sum(storage.nbytes() for storage in kept.values())
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_elementwise_operations_keep_their_inputs_alone_and_change_no_bit(dtype, monkeypatch):
-    batch = with_labels(TWO_IMAGES)
-    model = tiny.model(attention="sdpa").to(dtype).train()
-    less, (loss, found) = saved_bytes(model, batch), gradients(model, batch)
-    monkeypatch.setattr(modeling_phi3_v, "_recomputed", lambda function, *inputs: function(*inputs))
-    more, (expected_loss, expected) = saved_bytes(model, batch), gradients(model, batch)
-    assert less < 0.9 * more
-    assert loss == expected_loss
-    assert all(torch.equal(found[name], expected[name]) for name in expected if expected[name] is not None)
 
 
 def test_text_only_batch_gives_every_used_vision_parameter_a_zero_gradient():
