@@ -12,7 +12,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.clip.modeling_clip import CLIPVisionModel
 from transformers.models.phi3.modeling_phi3 import Phi3Model, Phi3PreTrainedModel, Phi3RotaryEmbedding
 from transformers.utils import can_return_tuple
@@ -39,6 +38,13 @@ def sdpa_packed(module, query, key, value, attention_mask, sample_lengths: list[
 
 AttentionInterface.register(SDPA_PACKED, sdpa_packed)
 AttentionMaskInterface.register(SDPA_PACKED, sdpa_mask)
+
+
+def _keep_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor | None) -> torch.Tensor:
+    """(B, N, hidden_size) -> the last `logits_to_keep` positions, all for 0 or None; or those at the indices of a 1-D tensor."""
+    if isinstance(logits_to_keep, torch.Tensor):
+        return hidden_states[:, logits_to_keep]
+    return hidden_states[:, -(logits_to_keep or 0) :]
 
 
 class Phi3VRotaryEmbedding(nn.Module):
@@ -354,8 +360,8 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
             image_sizes (torch.LongTensor, optional): (images, 2), height and width of each HD image in pixels.
             labels (torch.LongTensor, optional): (B, N), the input_ids to learn, -100 elsewhere; shifted inside.
             logits_to_keep (int | torch.Tensor, optional): 0 for logits at all positions (the default without labels), n
-                for the last n. With labels and without this, logits are computed only where a label is, and not
-                returned.
+                for the last n, a 1-D tensor for those positions. With labels and without this, logits are computed only
+                where a label is, and not returned.
             num_items_in_batch (int | torch.Tensor, optional): number of labels in the whole effective batch; the loss is
                 then the sum over this many instead of the mean.
 
@@ -386,7 +392,7 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self._loss(hidden_states, labels, num_items_in_batch)
         if labels is None or logits_to_keep is not None:
-            logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep or 0))
+            logits = self.lm_head(_keep_positions(hidden_states, logits_to_keep))
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
