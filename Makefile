@@ -1,12 +1,13 @@
 # make demo    a first success on a CPU: builds a tiny model and data, fine-tunes, evaluates
 # make test    all tests
 # make test-versions    the tests of phi3v and parity on the oldest supported transformers, on vLLM's and on the pinned one
+# make test-package    builds sdist and wheel, installs the wheel into an empty environment and imports it outside the checkout
 PYTHON ?= python3
 VENV ?= .venv
 STRATEGY ?= full
 DEMO_DIR ?= demo_output
 
-.PHONY: demo test test-versions
+.PHONY: demo test test-versions test-package
 
 # Installs again when a pin changes.
 $(VENV)/installed: requirements.txt requirements-dev.txt
@@ -41,3 +42,11 @@ test-versions: $(VERSIONS:%=.venvs/transformers-%/installed)
 		echo "transformers $$version"; \
 		.venvs/transformers-$$version/bin/python -m pytest -p no:cacheprovider $(PHI3V_TESTS) || exit 1; \
 	done
+
+test-package:
+	rm -rf .venvs/package && $(PYTHON) -m venv .venvs/package
+	.venvs/package/bin/pip install --quiet --disable-pip-version-check build
+	.venvs/package/bin/python -m build --outdir .venvs/package/dist .
+	rm -rf build *.egg-info
+	.venvs/package/bin/pip install --quiet --disable-pip-version-check $$(grep '^torch==' requirements.txt) .venvs/package/dist/*.whl
+	cd / && $(CURDIR)/.venvs/package/bin/python -c "import phi3v; print(phi3v.__file__)"

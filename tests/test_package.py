@@ -1,8 +1,13 @@
 """The package phi3v by itself: what it needs, and what it must not need."""
 
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 # What another environment may lack, and the room above.
@@ -41,3 +46,38 @@ def test_the_check_itself_notices_a_missing_library():
     done = run_without(("safetensors",), STEP)
     assert done.returncode == 1
     assert "No module named 'safetensors" in done.stderr
+
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def bounds(*groups: list[str]) -> dict[str, list[Requirement]]:
+    """Requirements by name; a library may stand in several groups."""
+    found = {}
+    for requirement in map(Requirement, sum(groups, [])):
+        found.setdefault(requirement.name, []).append(requirement)
+    return found
+
+
+def pins() -> dict[str, str]:
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    return dict(line.split("==") for line in lines if "==" in line)
+
+
+# Come with transformers, which says which versions it takes.
+WITH_TRANSFORMERS = {"huggingface_hub", "tokenizers"}
+
+
+@pytest.mark.parametrize("name", sorted(pins().keys() - WITH_TRANSFORMERS))
+def test_what_is_tested_is_within_the_bounds_of_the_package(name):
+    allowed = bounds(PROJECT["dependencies"], PROJECT["optional-dependencies"]["finetuning"])
+    assert name in allowed, f"{name} is in requirements.txt and not in pyproject.toml"
+    for requirement in allowed[name]:
+        assert requirement.specifier.contains(pins()[name]), requirement
+
+
+def test_the_oldest_transformers_that_is_tested_is_the_oldest_that_is_allowed():
+    (transformers,) = bounds(PROJECT["dependencies"])["transformers"]
+    oldest = re.search(r"^VERSIONS = (\S+)", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
+    (lower,) = [bound.version for bound in transformers.specifier if bound.operator == ">="]
+    assert oldest.startswith(lower + ".")
