@@ -331,13 +331,10 @@ def parse_args() -> argparse.Namespace:
 
 def fetch() -> Path:
     """Path of the UCF-101 subset, fetched from the hub unless it is in its cache."""
-    from huggingface_hub import hf_hub_download
+    # Not above: with --archive or --video_dir the hub's client is not needed.
+    from finetuning.data.hub import fetch_file
 
-    try:
-        return Path(hf_hub_download(REPO, ARCHIVE, repo_type="dataset"))
-    except Exception as error:  # No network, a proxy, a full disk, a name that is gone: one line for each.
-        line = str(error).strip().splitlines()[0]
-        raise InputError(f"{REPO}: expected to fetch {ARCHIVE}, found: {line}; or give --archive") from None
+    return fetch_file(REPO, ARCHIVE, "or give --archive")
 
 
 @contextlib.contextmanager
