@@ -8,6 +8,7 @@ import math
 import os
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -70,7 +71,12 @@ RANGES = {
 SCRIPT_PREFIX = "finetune_hf_trainer_"
 
 
-def _switch(default, help: str, aliases=()):
+def _flag(default: Any, help: str, **settings: Any) -> Any:
+    """A flag; a default of None stands for one that follows from other flags."""
+    return HfArg(default=default, help=help, **settings)
+
+
+def _switch(default: bool | None, help: str, aliases: Sequence[str] = ()) -> Any:
     """A bool flag that is true when given alone, also where its default is None."""
     alone = {"nargs": "?", "const": True} if default is None else {}
     return HfArg(default=default, help=help, aliases=list(aliases), metadata=alone)
@@ -80,96 +86,96 @@ def _switch(default, help: str, aliases=()):
 class RecipeArguments(TrainingArguments):
     """Arguments of a fine-tuning run; the help texts say what each is and in which unit."""
 
-    model_name_or_path: str = HfArg(
+    model_name_or_path: str = _flag(
         default="microsoft/Phi-3.5-vision-instruct", help="model folder, or name on the Hugging Face hub"
     )
-    attn_implementation: str | None = HfArg(
+    attn_implementation: str | None = _flag(
         default=None, help="attention kernel: eager, sdpa, flash_attention_2 (default: sdpa)"
     )
     use_flash_attention: bool = _switch(
         False, "flash attention, the best that is installed: flash-attn, or else PyTorch's own kernel (Ampere or newer)"
     )
     bf16: bool = _switch(False, "train in bfloat16 (Ampere or newer, or CPU)")
-    fp16: bool | None = _switch(
+    fp16: bool = _switch(
         None, "train in float16 with loss scaling; the default on a GPU without --bf16. `--fp16 False`: float32"
     )
 
     freeze_vision_model: bool = _switch(False, "keep the vision tower and its projector as they are")
     use_lora: bool = _switch(False, "train LoRA adapters instead of the weights")
     use_qlora: bool = _switch(False, "LoRA over a language model quantised to 4 bits (nf4); implies --use_lora")
-    lora_rank: int = HfArg(default=64, help="rank of the LoRA matrices")
-    lora_alpha_ratio: float = HfArg(default=2, help="LoRA alpha divided by the rank")
-    lora_dropout: float = HfArg(default=0.0, help="dropout before the LoRA matrices, probability 0 to 1")
-    deepspeed: str | None = HfArg(
+    lora_rank: int = _flag(default=64, help="rank of the LoRA matrices")
+    lora_alpha_ratio: float = _flag(default=2, help="LoRA alpha divided by the rank")
+    lora_dropout: float = _flag(default=0.0, help="dropout before the LoRA matrices, probability 0 to 1")
+    deepspeed: str | None = _flag(
         default=None,
         help="DeepSpeed: a config file, inline JSON, or none (default: ds_configs/zero2.json for full and frozen-vision "
         "fine-tuning, none for LoRA)",
     )
 
-    data_dir: str | None = HfArg(default=None, help="folder with your own data instead of the data set on the hub")
+    data_dir: str | None = _flag(default=None, help="folder with your own data instead of the data set on the hub")
     full_train: bool = _switch(False, "train on the whole data set instead of the small split (DocVQA)")
-    max_image_pixels: int = HfArg(
+    max_image_pixels: int = _flag(
         default=MAX_IMAGE_PIXELS, help="largest image that is decoded, in pixels: a small file may hold a huge one"
     )
-    num_crops: int = HfArg(default=16, help="most crops of 336 x 336 pixels an image is cut into, 1 to 16")
-    max_length: int | None = HfArg(
+    num_crops: int = _flag(default=16, help="most crops of 336 x 336 pixels an image is cut into, 1 to 16")
+    max_length: int | None = _flag(
         default=None,
         help="longest sample allowed, in tokens; a longer one is refused (default: what the model can take)",
     )
     padding_free: bool = _switch(False, "join the samples of a micro-batch in one row instead of padding them")
-    on_bad_row: str = HfArg(
+    on_bad_row: str = _flag(
         default="stop",
         help="when a row cannot be used: stop, or skip it (each is named, and listed in bad_rows.jsonl)",
         metadata={"choices": ["stop", "skip"]},
     )
-    max_bad_rows: int | None = HfArg(
+    max_bad_rows: int | None = _flag(
         default=None, help="most rows that --on_bad_row skip leaves out of a split (default: 1%% of them)"
     )
 
-    batch_size: int = HfArg(default=16, help="effective batch: samples per optimizer step over all GPUs of all nodes")
-    per_device_train_batch_size: int = HfArg(
+    batch_size: int = _flag(default=16, help="effective batch: samples per optimizer step over all GPUs of all nodes")
+    per_device_train_batch_size: int = _flag(
         default=1,
         aliases=["--batch_size_per_gpu", "--batch-size-per-gpu"],
         help="micro-batch: samples at once on each GPU",
     )
-    gradient_accumulation_steps: int | None = HfArg(
+    gradient_accumulation_steps: int = _flag(
         default=None,
         help="derived: batch_size / (GPUs x batch_size_per_gpu), rounded up; refused if it is given and differs",
     )
-    num_train_epochs: float = HfArg(default=1, help="passes over the training data")
-    learning_rate: float = HfArg(default=4e-5, help="peak learning rate")
-    weight_decay: float = HfArg(default=0.01, aliases=["--wd"], help="weight decay of AdamW")
-    warmup_steps: float = HfArg(default=50, help="optimizer steps of linear warm-up; below 1: share of all steps")
-    adam_beta1: float = HfArg(default=0.9, help="AdamW beta 1")
-    adam_beta2: float = HfArg(default=0.95, help="AdamW beta 2")
-    adam_epsilon: float = HfArg(default=1e-7, help="AdamW epsilon")
-    max_grad_norm: float = HfArg(default=1.0, help="gradients are clipped to this norm")
-    recompute: str = HfArg(
+    num_train_epochs: float = _flag(default=1, help="passes over the training data")
+    learning_rate: float = _flag(default=4e-5, help="peak learning rate")
+    weight_decay: float = _flag(default=0.01, aliases=["--wd"], help="weight decay of AdamW")
+    warmup_steps: float = _flag(default=50, help="optimizer steps of linear warm-up; below 1: share of all steps")
+    adam_beta1: float = _flag(default=0.9, help="AdamW beta 1")
+    adam_beta2: float = _flag(default=0.95, help="AdamW beta 2")
+    adam_epsilon: float = _flag(default=1e-7, help="AdamW epsilon")
+    max_grad_norm: float = _flag(default=1.0, help="gradients are clipped to this norm")
+    recompute: str = _flag(
         default="full",
         help="layers whose activations are computed again in the backward pass, to save memory: full, vision or none; "
         "'--activation_checkpointing_kwargs {\"every_n_layers\": 2}' takes every second one",
         metadata={"choices": ["full", "vision", "none"]},
     )
 
-    eval_split: str | None = HfArg(
+    eval_split: str | None = _flag(
         default=None, help="split of --data_dir that is answered, such as val or test (default: the task's usual one)"
     )
-    eval_size: int | None = HfArg(
+    eval_size: int | None = _flag(
         default=None, help="rows answered before and after training (default: all of the split; 0: no evaluation)"
     )
-    per_device_eval_batch_size: int = HfArg(default=4, help="rows answered at once on each GPU")
-    max_new_tokens: int = HfArg(default=64, help="longest answer that is generated, in tokens")
+    per_device_eval_batch_size: int = _flag(default=4, help="rows answered at once on each GPU")
+    max_new_tokens: int = _flag(default=64, help="longest answer that is generated, in tokens")
 
-    output_dir: str | None = HfArg(
+    output_dir: str = _flag(
         default=None,
         help="folder for weights, checkpoints, predictions and reports (default: output/ and the script's task)",
     )
-    do_train: bool | None = _switch(None, "`--do_train False`: only answer and score, train nothing")
-    save_steps: float = HfArg(
+    do_train: bool = _switch(None, "`--do_train False`: only answer and score, train nothing")
+    save_steps: float = _flag(
         default=500, help="optimizer steps between checkpoints (with --save_strategy steps, the default)"
     )
-    save_total_limit: int | None = HfArg(default=2, help="newest checkpoints that are kept")
-    resume_from_checkpoint: str | None = HfArg(
+    save_total_limit: int | None = _flag(default=2, help="newest checkpoints that are kept")
+    resume_from_checkpoint: str | None = _flag(
         default=None,
         help="go on from this checkpoint folder; given alone or as True: from the newest in output_dir, as a command that is "
         "started again does by itself",
@@ -178,14 +184,14 @@ class RecipeArguments(TrainingArguments):
     overwrite_output_dir: bool = _switch(
         False, "start afresh where output_dir holds a run; all that it wrote is removed"
     )
-    on_nonfinite: str = HfArg(
+    on_nonfinite: str = _flag(
         default="stop",
         help="when a loss or gradient is not finite: stop, or skip the step (and stop after 10 in a row)",
         metadata={"choices": ["stop", "skip"]},
     )
     disable_tqdm: bool = _switch(False, "no progress bars", aliases=["--no-tqdm", "--no_tqdm"])
 
-    logging_steps: float = HfArg(default=10, help="optimizer steps between two logged losses")
+    logging_steps: float = _flag(default=10, help="optimizer steps between two logged losses")
     logging_first_step: bool = _switch(True, "log the first step too")
     # Off: costs a GPU synchronisation in each micro-batch.
     logging_nan_inf_filter: bool = _switch(False, "leave nan and inf out of the logged loss")
@@ -194,8 +200,8 @@ class RecipeArguments(TrainingArguments):
     # The dataset's rows are not columns of tensors, and the model never leaves a trainable parameter unused.
     remove_unused_columns: bool = _switch(False, "leave as it is: features are made by the collator")
     ddp_find_unused_parameters: bool | None = _switch(False, "leave as it is: no parameter goes unused")
-    report_to: str = HfArg(default="none", help="experiment tracker: none, tensorboard, wandb, ...")
-    dataloader_num_workers: int | None = HfArg(
+    report_to: str = _flag(default="none", help="experiment tracker: none, tensorboard, wandb, ...")
+    dataloader_num_workers: int = _flag(
         default=None, help="worker processes per GPU that prepare images (default: up to 4, as the cores allow)"
     )
 
@@ -516,7 +522,8 @@ def parse_args(argv: list[str] | None = None, **defaults) -> RecipeArguments:
         InputError: for an unknown flag, a value out of range or flags that contradict each other.
     """
     usage = "torchrun --nproc_per_node=GPUS %(prog)s [flags]"
-    parser = _Parser(RecipeArguments, allow_abbrev=False, usage=usage, formatter_class=_HelpFormatter)
+    kinds: Any = RecipeArguments
+    parser = _Parser(kinds, allow_abbrev=False, usage=usage, formatter_class=_HelpFormatter)
     parser.set_defaults(**defaults)
     namespace = parser.parse_flags(sys.argv[1:] if argv is None else argv)
     if namespace.output_dir is None:

@@ -56,7 +56,7 @@ class ConversationDataset(torch.utils.data.Dataset):
         lengths (Sequence[int]): length in tokens of each row, with its longest answers.
         max_length (int, optional): longest sample allowed, in tokens.
         seed (int): chooses among several answers, with the row's id and the epoch.
-        fingerprints (list[Fingerprint], optional): of each row; on the first rank.
+        fingerprints (list[Fingerprint]): of each row, on the first rank; empty on the others.
         bad_rows (list[BadRow]): rows that were left out.
         skip_bad (bool): a row that turns out to be damaged when it is read gives no sample, and a line; else an error.
     """
@@ -69,13 +69,13 @@ class ConversationDataset(torch.utils.data.Dataset):
         lengths: Sequence[int],
         max_length: int | None = None,
         seed: int = 0,
-        fingerprints: list[Fingerprint] | None = None,
+        fingerprints: Sequence[Fingerprint] = (),
         bad_rows: Sequence[BadRow] = (),
         skip_bad: bool = False,
     ):
         self.rows, self.to_conversation, self.processor = rows, to_conversation, processor
         self.lengths, self.max_length, self.seed = lengths, max_length, seed
-        self.fingerprints, self.bad_rows, self.skip_bad = fingerprints, list(bad_rows), skip_bad
+        self.fingerprints, self.bad_rows, self.skip_bad = list(fingerprints), list(bad_rows), skip_bad
         # In shared memory, so that workers that live on from epoch to epoch see it too.
         self._epoch = torch.zeros((), dtype=torch.long).share_memory_()
 
@@ -156,7 +156,7 @@ def build_dataset(
         lengths,
         args.max_length,
         args.seed,
-        fingerprints if state.is_main_process else None,
+        fingerprints if state.is_main_process else (),
         bad,
         skip,
     )

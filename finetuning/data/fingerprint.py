@@ -48,9 +48,10 @@ def identify_picture(source: Any, folder: str | None = None) -> tuple:
     if isinstance(source, dict) and source.get("bytes") is not None:
         return source.get("path"), len(source["bytes"]), xxhash.xxh3_64_hexdigest(source["bytes"])
     if isinstance(source, Image.Image):
-        if not getattr(source, "filename", ""):
+        filename = getattr(source, "filename", "")
+        if not filename:
             return source.size, source.mode, xxhash.xxh3_64_hexdigest(source.tobytes())
-        source = source.filename
+        source = filename
     path = source["path"] if isinstance(source, dict) else os.fspath(source)
     status = os.stat(path)
     folder = folder and os.path.normpath(folder)

@@ -1,6 +1,7 @@
 """Generates answers over all ranks, each question exactly once, in the data set's order; keeps and scores them."""
 
 import json
+import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
@@ -118,11 +119,8 @@ def generate_answers(model, dataset: ConversationDataset, args: RecipeArguments,
     path = Path(args.output_dir) / PREDICTIONS
     by = _from_first(answering_model(args, stage) if rank == 0 else "", args)
     kept = _from_first(_keep_answers(path, stage, by, prompts.questions, ranks * size) if rank == 0 else None, args)
-    predictions: list[Prediction | None] = [
-        replace(question, answer=kept[number]["answer"], choices=kept[number]["choices"]) if number in kept else None
-        for number, question in enumerate(prompts.questions)
-    ]
-    todo = [number for number, found in enumerate(predictions) if found is None]
+    predictions = {number: _answered(prompts.questions[number], kept[number]) for number in kept}
+    todo = [number for number in range(len(prompts)) if number not in predictions]
     # Round k covers the next `ranks x size` questions; a rank without any in the last round still takes part.
     starts = range(rank * size, -(-len(todo) // (ranks * size)) * ranks * size, ranks * size)
     batches = [todo[start : start + size] for start in starts]
@@ -142,26 +140,30 @@ def generate_answers(model, dataset: ConversationDataset, args: RecipeArguments,
     bar = tqdm(
         total=len(prompts), initial=len(kept), desc=f"answers {stage} training", disable=args.disable_tqdm or rank > 0
     )
-    with open(path, "a", encoding="utf-8") if rank == 0 else nullcontext() as file, _precision(args):
+    # The other ranks write nothing.
+    with open(path if rank == 0 else os.devnull, "a", encoding="utf-8") as file, _precision(args):
         for batch, inputs in zip(batches, loader, strict=True):
             asked = [prompts.questions[index] for index in batch]
             found = _generate(model, dataset.processor, inputs, asked, args) if batch else []
             pairs = list(zip(batch, found, strict=True))
             gathered = gather_object(pairs) if ranks > 1 else pairs
-            for number, prediction in gathered:
-                predictions[number] = prediction
+            predictions.update(gathered)
             bar.update(len(gathered))
             if rank == 0:
                 # One write for a round: of a round that is cut short nothing is kept.
                 file.write("".join(_line(stage, by, prediction) for _, prediction in gathered))
                 file.flush()
             if signum := stop_signals.agree(args.device):
-                done = sum(found is not None for found in predictions)
-                raise Stopped(signum, f"{done} of {len(prompts)} answers {stage} training are written")
+                raise Stopped(signum, f"{len(predictions)} of {len(prompts)} answers {stage} training are written")
     bar.close()
+    answered = [predictions[number] for number in range(len(prompts))]
     if rank == 0 and kept and todo:
-        _rewrite(path, stage, by, predictions)
-    return predictions
+        _rewrite(path, stage, by, answered)
+    return answered
+
+
+def _answered(question: Prediction, kept: dict[str, Any]) -> Prediction:
+    return replace(question, answer=kept["answer"], choices=kept["choices"])
 
 
 def answering_model(args: RecipeArguments, stage: str) -> str:
@@ -391,10 +393,7 @@ def score_again(
         path = folder / f"eval_{stage}.json"
         earlier = _from_first(_read_evaluation(path), args)
         kept = kept_by_stage[stage]
-        predictions = [
-            replace(question, answer=kept[number]["answer"], choices=kept[number]["choices"])
-            for number, question in enumerate(questions)
-        ]
+        predictions = [_answered(question, kept[number]) for number, question in enumerate(questions)]
         if not _is_of(earlier, _score(score, predictions), predictions):
             if args.process_index == 0:
                 print(f"{stage} training: the kept answers are scored again", flush=True)

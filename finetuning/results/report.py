@@ -5,6 +5,7 @@ import io
 import json
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import jinja2
 from matplotlib.figure import Figure
@@ -138,7 +139,12 @@ def write_report(args: RecipeArguments, title: str, dataset: ConversationDataset
     for row in islice(dataset.rows, MAX_ROWS):
         conversation = dataset.to_conversation(row)
         for turn, asked in enumerate(conversation.turns):
-            item = {"id": conversation.id, "question": asked.user, "references": asked.answers, "images": []}
+            item: dict[str, Any] = {
+                "id": conversation.id,
+                "question": asked.user,
+                "references": asked.answers,
+                "images": [],
+            }
             if turn == 0:
                 item["images"] = [_thumbnail(image) for image in load_images(conversation)]
             for stage in ("before", "after"):

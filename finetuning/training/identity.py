@@ -175,8 +175,8 @@ def describe_rows(now: list[Fingerprint], then: list[Fingerprint] | None, purpos
     if gone:
         parts.append(f"{len(gone)} rows {purpose} missing (first {_short(gone[0])})")
     if not parts:
-        first = next(known.id for known, before in zip(now, then, strict=True) if known.id != before.id)
-        parts.append(f"the rows {purpose} in another order (first {_short(first)})")
+        moved = next(known.id for known, before in zip(now, then, strict=True) if known.id != before.id)
+        parts.append(f"the rows {purpose} in another order (first {_short(moved)})")
     return ", ".join(parts)
 
 

@@ -141,7 +141,7 @@ def _look(args: RecipeArguments, train: ConversationDataset, evaluation: Convers
         )
     named = args.resume_from_checkpoint not in (None, "True")
     if named:
-        path = Path(args.resume_from_checkpoint)
+        path = Path(str(args.resume_from_checkpoint))
         _compare_named(path, record, train)
         return _Found(record, earlier, [str(path)])
     if earlier is None and checkpoints:
@@ -198,7 +198,7 @@ def _settle(
         for name in (MANIFEST, "report.html", "eval_after.json"):
             (output / name).unlink(missing_ok=True)
     record = found.record
-    if finished or (chosen and found.earlier):
+    if found.earlier and chosen:
         record = {**found.earlier, **record, "started": found.earlier["started"]}
     known = {"train": train.fingerprints, "eval": evaluation.fingerprints}
     same_rows = found.earlier is not None and found.earlier["rows"] == record["rows"] and (output / ROWS).exists()

@@ -112,7 +112,9 @@ def _describe_steps(args: RecipeArguments, rows: int) -> str:
 
 def _engine(args: RecipeArguments) -> str:
     if args.deepspeed_config:
-        return f"DeepSpeed, {'inline JSON' if isinstance(args.deepspeed, dict) else os.path.relpath(args.deepspeed)}"
+        return (
+            f"DeepSpeed, {'inline JSON' if isinstance(args.deepspeed, dict) else os.path.relpath(str(args.deepspeed))}"
+        )
     return "DistributedDataParallel" if args.world_size > 1 else "one process"
 
 
@@ -130,7 +132,7 @@ def check_disk(model, args: RecipeArguments, dataset: ConversationDataset) -> No
     steps = count_steps(args, len(dataset))
     every = args.save_steps if args.save_steps >= 1 else max(1, args.save_steps * steps)
     written = {"no": 0, "epoch": math.ceil(args.num_train_epochs)}.get(
-        args.save_strategy.value, math.ceil(steps / every)
+        str(getattr(args.save_strategy, "value", args.save_strategy)), math.ceil(steps / every)
     )
     kept = min(written, (args.save_total_limit or written) + 1)
     needed, least, free = (

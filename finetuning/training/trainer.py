@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from transformers import Trainer, TrainerState
 from transformers.trainer_utils import TrainOutput
 
+from ..arguments import RecipeArguments
 from ..data.dataset import StartEpoch
 from ..data.sampler import StepSampler
 from ..errors import RunError
@@ -32,6 +33,8 @@ class RecipeTrainer(Trainer):
     Over the Trainer's own behaviour: every row once an epoch, checkpoints and final weights that are sealed, stops on
     signals that lose nothing, no step that is not finite, and a finished run that is not trained again.
     """
+
+    args: RecipeArguments
 
     def __init__(self, model, args, callbacks=(), **kwargs):
         self._nonfinite, self._pending, self._saved_step = NonFiniteCheck(), PendingLoss(), None
@@ -58,10 +61,11 @@ class RecipeTrainer(Trainer):
         )
         return loader
 
-    def train(self, resume_from_checkpoint: str | None = None, **kwargs) -> TrainOutput | None:
+    def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None) -> TrainOutput:
         """Trains, or takes the weights of a run or checkpoint that has nothing left to train."""
+        nothing = TrainOutput(self.state.global_step, 0.0, {})
         if not self.args.do_train:
-            return None
+            return nothing
         if resume_from_checkpoint is not None:
             folder = Path(resume_from_checkpoint)
             state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
@@ -73,8 +77,8 @@ class RecipeTrainer(Trainer):
                 load_weights(self.model, folder)
                 if self.is_world_process_zero():
                     print(f"nothing is left to train: the weights of {folder} are taken", flush=True)
-                return None
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+                return nothing
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         inputs = {name: value for name, value in inputs.items() if name != "ids"}
