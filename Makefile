@@ -1,5 +1,6 @@
 # make demo    a first success on a CPU: builds a tiny model and data, fine-tunes, evaluates
-# make test    all tests
+# make test    ruff, mypy and the tests
+# make test-all    the slow tests too, and long fuzzing
 # make test-versions    the tests of phi3v and parity on the oldest supported transformers, on vLLM's and on the pinned one
 # make test-package    builds sdist and wheel, installs the wheel into an empty environment and imports it outside the checkout
 PYTHON ?= python3
@@ -7,7 +8,7 @@ VENV ?= .venv
 STRATEGY ?= full
 DEMO_DIR ?= demo_output
 
-.PHONY: demo test test-versions test-package
+.PHONY: demo test test-all test-versions test-package
 
 # Installs again when a pin changes.
 $(VENV)/installed: requirements.txt requirements-dev.txt
@@ -21,7 +22,11 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
 	$(VENV)/bin/python -m pytest
+
+test-all: $(VENV)/installed
+	$(VENV)/bin/python -m pytest -m "slow or not slow" --hypothesis-profile=long
 
 # The oldest transformers that pyproject.toml allows, the newest that vLLM 0.32 allows, the pinned one.
 VERSIONS = 5.16.1 5.19.0 $(shell sed -n 's/^transformers==//p' requirements.txt)

@@ -19,7 +19,7 @@ ENVIRONMENT_ERRNOS = {
 # gloo is C++: the source file that raised the error stands at the start of the message.
 GLOO_ORIGIN = re.compile(r"\[[^\]]*gloo/[^\]]*:\d+\]")
 LIBRARIES = tuple(
-    os.path.join(os.path.realpath(folder), "")
+    os.path.join(os.path.realpath(str(folder)), "")
     for folder in (
         *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")),
         Path(__file__).parent,

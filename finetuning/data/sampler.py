@@ -83,7 +83,8 @@ class StepSampler(torch.utils.data.Sampler):
 
     def _balance(self, samples: list[int], groups: int) -> list[list[int]]:
         """Micro-batches of like sums, the largest first: each sample, longest first, joins the smallest that is not full."""
-        smallest, full = [(0, number, []) for number in range(groups)], []
+        smallest: list[tuple[int, int, list[int]]] = [(0, number, []) for number in range(groups)]
+        full: list[tuple[int, int, list[int]]] = []
         for sample in samples:
             total, number, group = heappop(smallest)
             group.append(sample)
