@@ -249,7 +249,7 @@ def test_a_run_that_is_told_to_stop_loses_nothing(trained, folder, flags):
     whole, output = trained("full"), folder / "told-to-stop"
 
     def stop(process):
-        wait_for(output / "checkpoint-2", process)
+        wait_for(output / "checkpoint-2" / "manifest.json", process)
         process.send_signal(signal.SIGTERM)
 
     stopped = torchrun(output, *flags, meanwhile=stop)
@@ -266,7 +266,7 @@ def test_a_rank_that_dies_is_replaced(trained, folder, flags):
     whole, output = trained("lora"), folder / "rank-dies"
 
     def kill(process):
-        wait_for(output / "checkpoint-2", process)
+        wait_for(output / "checkpoint-2" / "manifest.json", process)
         psutil.Process(process.pid).children()[1].kill()
 
     run = torchrun(output, *flags, *STRATEGIES["lora"], options=["--max_restarts=1"], meanwhile=kill)
@@ -497,12 +497,12 @@ def bad(folder, base, data, request) -> dict[str, Run]:
         "tag without image": edited(data, home / "tag", 4, query={"en": "Is it <|image_2|>?"}),
         "control token": edited(data, home / "control", 4, query={"en": "Is it?<|end|>"}),
         "no answers field": edited(data, home / "no-answers", 4, answers=None),
-        "empty answers": edited(data, home / "empty-answers", 4, answers=[]),
+        "empty answers": edited(data, home / "no-answers-data", 4, answers=[]),
         "answers as one text": edited(data, home / "text-answers", 4, answers="4711"),
         "no question": edited(data, home / "no-query", 4, query=None),
         "question as text": edited(data, home / "text-query", 4, query="What?"),
         "no image field": edited(data, home / "no-image", 4, image=None),
-        "no id": edited(data, home / "no-id", 4, id=None, image="images/gone.png"),
+        "no id": edited(data, home / "no-id-data", 4, id=None, image="images/gone.png"),
         "no test rows": with_lines(data, home / "no-test", lines[:TRAIN_ROWS]),
         "broken line": broken,
     }
