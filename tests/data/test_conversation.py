@@ -27,7 +27,7 @@ from phi3v import Phi3VImageProcessor, Phi3VProcessor
 
 own_process = pytest.fixture(autouse=True)(recipe.own_process)
 
-OFFICIAL_FOLDER = Path(__file__).parents[2] / "shared" / "phi35v"
+OFFICIAL_FOLDER = Path(__file__).parents[3] / "shared" / "phi35v"
 IGNORED = -100
 
 
