@@ -18,6 +18,7 @@ from transformers.integrations import unset_hf_deepspeed_config
 
 from finetuning.arguments import RecipeArguments, parse_args
 
+ROOT = Path(__file__).parents[1]
 # What torchrun sets, and what the arguments set in its place for one process.
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR")
 

@@ -1,16 +1,31 @@
-"""A checkpoint is gone on from only if it is whole and of the run's kind."""
+"""Checkpoints prove that they are whole: a manifest written last, shared by the ranks; and nothing in them is run."""
 
 import json
-import shutil
+import os
+import stat
+import subprocess
+import sys
 
 import pytest
 import recipe
 import torch
 from safetensors.torch import save_file
 
-from finetuning.data.dataset import ConversationDataset
 from finetuning.errors import InputError
-from finetuning.training.checkpoint import begin, check_checkpoint
+from finetuning.training import checkpoint as module
+from finetuning.training.checkpoint import (
+    Damaged,
+    check_checkpoint,
+    final_files,
+    find_checkpoints,
+    find_damage,
+    read_manifest,
+    seal,
+)
+
+MODULE = "finetuning.training.checkpoint"
+
+own_process = pytest.fixture(autouse=True)(recipe.own_process)
 
 
 @pytest.fixture
@@ -24,6 +39,8 @@ def checkpoint(tmp_path):
     index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     torch.save({"state": {0: torch.zeros(3)}}, folder / "optimizer.pt")
+    (folder / "global_step2").mkdir()
+    (folder / "global_step2" / "states.json").write_text("{}")
     return folder
 
 
@@ -31,22 +48,127 @@ def checkpoint(tmp_path):
 def adapter(tmp_path):
     folder = tmp_path / "adapter" / "checkpoint-2"
     folder.mkdir(parents=True)
-    (folder / "trainer_state.json").write_text('{"global_step": 2}')
     (folder / "adapter_config.json").write_text("{}")
     save_file({"a": torch.zeros(3)}, folder / "adapter_model.safetensors")
     torch.save({"state": {0: torch.zeros(3)}}, folder / "optimizer.pt")
     return folder
 
 
+# ---- the seal
+
+FACTS = {"step": 2, "identity": "abc"}
+
+
+def files(folder) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_sealed_folder_lists_all_its_files(checkpoint):
+    before = files(checkpoint)
+    seal(checkpoint, FACTS)
+    manifest = read_manifest(checkpoint)
+    assert {"step": manifest["step"], "identity": manifest["identity"]} == FACTS
+    assert set(manifest["files"]) == before
+    assert manifest["files"]["trainer_state.json"]["size"] == len('{"global_step": 2}')
+    assert files(checkpoint) == before | {"manifest.json"}
+    assert find_damage(checkpoint) is None
+
+
+def test_sealing_again_takes_what_is_there_now(checkpoint):
+    seal(checkpoint, FACTS)
+    (checkpoint / "trainer_state.json").write_text('{"global_step": 3}')
+    assert "trainer_state.json is damaged" in find_damage(checkpoint)
+    seal(checkpoint, FACTS)
+    assert find_damage(checkpoint) is None
+    assert "manifest.json" not in read_manifest(checkpoint)["files"]
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 9])
+def test_the_ranks_share_the_work_and_agree(checkpoint, monkeypatch, ranks):
+    seal(checkpoint, FACTS)
+    alone = (checkpoint / "manifest.json").read_text()
+    (checkpoint / "manifest.json").unlink()
+    measured, measure = [], module._measure
+    monkeypatch.setattr(module, "_measure", lambda path, **options: measured.append(path) or measure(path, **options))
+    assert recipe.on_ranks(monkeypatch, MODULE, ranks, lambda _: seal(checkpoint, FACTS)) == [None] * ranks
+    assert (checkpoint / "manifest.json").read_text() == alone
+    # each file was read by one rank
+    assert sorted(str(path.relative_to(checkpoint)) for path in measured) == sorted(read_manifest(checkpoint)["files"])
+    assert recipe.on_ranks(monkeypatch, MODULE, ranks, lambda _: find_damage(checkpoint)) == [None] * ranks
+    assert len(measured) == 2 * len(read_manifest(checkpoint)["files"])
+    for name in ("optimizer.pt", "model-2.safetensors"):
+        (checkpoint / name).write_bytes(b"")
+    found = recipe.on_ranks(monkeypatch, MODULE, ranks, lambda _: find_damage(checkpoint))
+    assert len(set(found)) == 1
+    assert found[0].startswith("model-2.safetensors is damaged (0 bytes instead of ")
+
+
+def test_the_manifest_is_written_last(checkpoint, monkeypatch):
+    seen, sync = [], module._sync
+    monkeypatch.setattr(module, "_sync", lambda path: seen.append((path.name, files(checkpoint))) or sync(path))
+    written, measure = [], module._measure
+    monkeypatch.setattr(
+        module, "_measure", lambda path, through=False: written.append((path.name, through)) or measure(path, through)
+    )
+    seal(checkpoint, FACTS)
+    assert all(through for _, through in written)
+    # under its name only after its content has reached the disk
+    assert [name for name, _ in seen] == ["manifest.json.part", "checkpoint-2", checkpoint.parent.name]
+    assert "manifest.json" not in seen[0][1]
+    assert "manifest.json" in seen[1][1]
+
+
+def test_large_files_are_read_in_pieces(tmp_path):
+    content = os.urandom((1 << 24) + 7)
+    (tmp_path / "large").write_bytes(content)
+    size, checksum = module._measure(tmp_path / "large")
+    assert size == len(content)
+    assert checksum == module.xxhash.xxh3_128_hexdigest(content)
+
+
+def test_checkpoints_are_found_newest_first(tmp_path):
+    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-100", "damaged-checkpoint-200", "checkpoint-x", "other"):
+        (tmp_path / name).mkdir()
+    assert [path.name for path in find_checkpoints(tmp_path)] == ["checkpoint-100", "checkpoint-10", "checkpoint-9"]
+    assert find_checkpoints(tmp_path / "other") == []
+
+
+def test_the_final_files_are_those_that_make_a_model(tmp_path):
+    kept = {"model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja", "trainer_state.json"}
+    for name in kept | {"run.json", "eval_before.json", "predictions.jsonl", "notes.txt", "curves.png"}:
+        (tmp_path / name).write_text("")
+    (tmp_path / "tokenizer").mkdir()
+    assert {path.name for path in final_files(tmp_path)} == kept
+
+
+# ---- permissions
+
+
+def mode(path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_files_have_the_permissions_that_the_umask_allows(checkpoint, monkeypatch):
+    (checkpoint / "model-1.safetensors").chmod(0o600)  # as safetensors writes it
+    for umask in (0o022, 0o027, 0o002):
+        monkeypatch.setattr(module, "UMASK", umask)
+        seal(checkpoint, FACTS)
+        found = {name: mode(checkpoint / name) for name in read_manifest(checkpoint)["files"]}
+        assert set(found.values()) == {0o666 & ~umask}, found
+
+
+def test_the_umask_is_the_one_that_the_process_was_started_with():
+    code = "import os; os.umask(0o037); from finetuning.training import checkpoint as c; print(oct(c.UMASK), oct(os.umask(0)))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=recipe.ROOT)
+    assert found.stdout.split() == ["0o37", "0o37"]
+
+
+# ---- of which kind it is
+
+
 def test_a_whole_checkpoint_is_taken(checkpoint, adapter):
     check_checkpoint(checkpoint, adapter=False)
     check_checkpoint(adapter, adapter=True)
-
-
-def test_weights_in_one_file_are_taken(checkpoint):
-    (checkpoint / "model.safetensors.index.json").unlink()
-    shutil.move(checkpoint / "model-1.safetensors", checkpoint / "model.safetensors")
-    check_checkpoint(checkpoint, adapter=False)
 
 
 def test_the_other_kind_of_weights_is_refused(checkpoint, adapter):
@@ -56,27 +178,23 @@ def test_the_other_kind_of_weights_is_refused(checkpoint, adapter):
         check_checkpoint(adapter, adapter=False)
 
 
-@pytest.mark.parametrize(
-    "name", ["trainer_state.json", "model.safetensors.index.json", "model-2.safetensors", "optimizer.pt"]
-)
-@pytest.mark.parametrize("left", [None, 0, 0.5, 0.99], ids=["missing", "empty", "half", "cut"])
-def test_a_checkpoint_that_was_not_written_to_its_end_is_refused(checkpoint, name, left):
-    path = checkpoint / name
-    content = path.read_bytes()
-    path.unlink()
-    if left is not None:
-        path.write_bytes(content[: int(len(content) * left)])
-    with pytest.raises(InputError, match="written to its end") as caught:
+@pytest.mark.parametrize("layout", ["torch", "DeepSpeed"])
+def test_a_checkpoint_without_optimizer_states_is_refused(checkpoint, layout):
+    (checkpoint / "optimizer.pt").unlink()
+    if layout == "DeepSpeed":
+        (checkpoint / "latest").write_text("global_step2\n")
+    with pytest.raises(InputError, match="expected optimizer states, found none: .*--save_only_model"):
         check_checkpoint(checkpoint, adapter=False)
-    assert str(checkpoint) in str(caught.value)
-    assert len(str(caught.value).splitlines()) == 1
+    if layout == "DeepSpeed":
+        torch.save({}, checkpoint / "global_step2" / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt")
+        check_checkpoint(checkpoint, adapter=False)
 
 
-# ---- where a run begins
+# ---- nothing in it is run
 
 
 class Harmful:
-    """Pickled, it would write a file when it is loaded."""
+    """Pickled, it would print when it is loaded."""
 
     def __reduce__(self):
         return print, ("code of a checkpoint ran",)
@@ -86,11 +204,17 @@ class Harmful:
     "name", ["optimizer.pt", "rng_state.pth", "global_step2/zero_pp_rank_0_mp_rank_00_optim_states.pt"]
 )
 def test_a_pickle_that_would_run_code_is_refused(checkpoint, name, capsys):
-    (checkpoint / name).parent.mkdir(exist_ok=True)
     torch.save({"state": Harmful()}, checkpoint / name)
     with pytest.raises(InputError, match=r"expected tensors, found a pickle of .*print"):
         check_checkpoint(checkpoint, adapter=False)
     assert "ran" not in capsys.readouterr().out
+
+
+def test_a_file_that_is_no_pickle_is_damaged(checkpoint):
+    (checkpoint / "optimizer.pt").write_bytes(b"no tensors")
+    with pytest.raises(Damaged, match=r"optimizer.pt: expected tensors, found") as caught:
+        check_checkpoint(checkpoint, adapter=False)
+    assert len(str(caught.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize("name", ["../elsewhere", "link"])
@@ -102,158 +226,3 @@ def test_deepspeed_reads_nothing_outside_the_checkpoint(checkpoint, name):
     (checkpoint / "latest").write_text(name)
     with pytest.raises(InputError, match="expected a folder of this checkpoint"):
         check_checkpoint(checkpoint, adapter=False)
-
-
-@pytest.fixture(autouse=True)
-def own_process(tmp_path, monkeypatch):
-    yield from recipe.own_process(tmp_path, monkeypatch)
-
-
-@pytest.fixture
-def start(tmp_path):
-    """`start("--seed", "1")`: what `begin` settles for these flags; the run's folder is output/."""
-    folder = recipe.model_folder(tmp_path / "model")
-    rows = [{"id": f"r{number}"} for number in range(4)]
-
-    def begin_run(*flags, train=rows, answer=rows[:2]):
-        args = recipe.arguments(folder, "--use_lora", *flags)
-        datasets = [ConversationDataset(found, None, None) for found in (train, answer)]
-        begin(args, *datasets)
-        return args.resume_from_checkpoint
-
-    return begin_run
-
-
-def leave(output, *steps, report=False):
-    """What a LoRA run has left in its folder."""
-    for step in steps:
-        folder = output / f"checkpoint-{step}"
-        folder.mkdir(parents=True)
-        (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
-        (folder / "adapter_config.json").write_text("{}")
-        save_file({"a": torch.zeros(3)}, folder / "adapter_model.safetensors")
-        torch.save({}, folder / "optimizer.pt")
-        shutil.copy(output / "run.json", folder / "run.json")
-    items = [{"stage": stage, "id": "r0", "answer": "x"} for stage in ("before", "after")]
-    recipe.write_jsonl(output / "predictions.jsonl", items)
-    for stage in ("before", "after"):
-        (output / f"eval_{stage}.json").write_text("{}")
-    if report:
-        (output / "report.html").write_text("")
-
-
-def stages(output) -> list[str]:
-    return [json.loads(line)["stage"] for line in (output / "predictions.jsonl").read_text().splitlines()]
-
-
-def test_a_new_folder_is_begun(start, tmp_path):
-    assert start() is None
-    assert json.loads((tmp_path / "output" / "run.json").read_text())["seed"] == "42"
-
-
-def test_the_same_command_goes_on_from_the_newest_checkpoint(start, tmp_path, capsys):
-    start()
-    leave(tmp_path / "output", 5, 10)
-    assert start().endswith("checkpoint-10")
-    assert "going on from" in capsys.readouterr().out
-    assert stages(tmp_path / "output") == ["before", "after"]
-
-
-def test_a_checkpoint_that_is_cut_short_is_skipped_and_named(start, tmp_path, capsys):
-    start()
-    leave(tmp_path / "output", 5, 10)
-    path = tmp_path / "output" / "checkpoint-10" / "optimizer.pt"
-    path.write_bytes(path.read_bytes()[:100])
-    (tmp_path / "output" / ".saving" / "checkpoint-12").mkdir(parents=True)
-    assert start().endswith("checkpoint-5")
-    assert "checkpoint-10: expected a checkpoint that was written to its end" in capsys.readouterr().out
-    # --save_total_limit no longer counts it, and what was answered from it does not hold
-    names = {found.name for found in (tmp_path / "output").iterdir()}
-    assert {"checkpoint-5", "unfinished-checkpoint-10"} <= names
-    assert not {"checkpoint-10", ".saving", "eval_after.json"} & names
-    assert stages(tmp_path / "output") == ["before"]
-
-
-def test_a_finished_run_says_so_and_ends(start, tmp_path, capsys):
-    start()
-    leave(tmp_path / "output", 10, report=True)
-    with pytest.raises(SystemExit) as ended:
-        start()
-    assert not ended.value.code
-    assert "this run is finished" in capsys.readouterr().out
-
-
-def test_a_finished_run_can_be_asked_something_else(start, tmp_path, capsys):
-    start()
-    leave(tmp_path / "output", 10, report=True)
-    assert start(answer=[{"id": "other"}]).endswith("checkpoint-10")
-    assert "changed: rows to answer" in capsys.readouterr().out
-    assert stages(tmp_path / "output") == []
-
-
-def test_overwriting_starts_afresh(start, tmp_path):
-    start()
-    leave(tmp_path / "output", 5, 10, report=True)
-    assert start("--overwrite_output_dir") is None
-    names = {found.name for found in (tmp_path / "output").iterdir()}
-    assert not {"checkpoint-5", "checkpoint-10", "report.html", "eval_before.json", "eval_after.json"} & names
-    assert stages(tmp_path / "output") == []
-
-
-@pytest.mark.parametrize(
-    ("flags", "named"),
-    [
-        (["--learning_rate", "1e-3"], "learning_rate 0.001 instead of 4e-05"),
-        (["--batch_size", "8"], "batch_size 8 instead of 16"),
-        (["--freeze_vision_model"], "LoRA with frozen vision instead of LoRA"),
-        (["--num_train_epochs", "2"], "num_train_epochs 2.0 instead of 1"),
-        (["--bf16"], "bfloat16"),
-    ],
-)
-@pytest.mark.parametrize("report", [True, False], ids=["finished", "unfinished"])
-def test_other_settings_are_another_run(start, tmp_path, flags, named, report):
-    start()
-    leave(tmp_path / "output", 5, report=report)
-    with pytest.raises(InputError, match=named) as caught:
-        start(*flags)
-    assert "--overwrite_output_dir" in str(caught.value)
-    assert stages(tmp_path / "output") == ["before", "after"]
-
-
-def test_other_data_are_another_run(start, tmp_path):
-    start()
-    leave(tmp_path / "output", 5)
-    with pytest.raises(InputError, match="rows to train on 1 with ids"):
-        start(train=[{"id": "r0"}])
-
-
-def test_the_micro_batch_may_change(start, tmp_path, capsys):
-    start()
-    leave(tmp_path / "output", 5)
-    assert start("--batch_size_per_gpu", "4").endswith("checkpoint-5")
-    assert "changed: batch_size_per_gpu 4 instead of 1" in capsys.readouterr().out
-
-
-def test_without_a_checkpoint_other_settings_begin_anew(start, tmp_path):
-    start()
-    leave(tmp_path / "output")
-    assert start("--learning_rate", "1e-3") is None
-    assert stages(tmp_path / "output") == []
-    assert start("--learning_rate", "1e-3") is None
-
-
-def test_checkpoints_of_weights_alone_are_left_where_they_are(start, tmp_path):
-    start("--save_only_model")
-    leave(tmp_path / "output", 5)
-    with pytest.raises(InputError, match="--save_only_model"):
-        start("--save_only_model")
-    assert (tmp_path / "output" / "checkpoint-5").is_dir()
-
-
-def test_a_named_checkpoint_is_taken(start, tmp_path):
-    start()
-    leave(tmp_path / "output", 5, 10, report=True)
-    assert start("--resume_from_checkpoint", "output/checkpoint-5").endswith("checkpoint-5")
-    assert stages(tmp_path / "output") == ["before"]
-    with pytest.raises(InputError, match="expected a whole checkpoint-N"):
-        start("--resume_from_checkpoint", "--output_dir", "another")
