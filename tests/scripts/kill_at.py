@@ -24,7 +24,7 @@ def die() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def before(place, name: str, call: int = 1, when=lambda *args: True) -> None:
+def before(place, name: str, call: int = 1, when=lambda *_: True) -> None:
     """Dies when a function is called for the `call`-th time with such arguments."""
     function, calls = getattr(place, name), []
 

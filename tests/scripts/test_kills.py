@@ -1,5 +1,6 @@
 """Runs that are killed at rare moments, and started again: bit for bit the runs that nothing happened to."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,9 +23,21 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
 
 
-@pytest.fixture(scope="module", params=[1, pytest.param(2, marks=pytest.mark.slow)], ids=["1 process", "2 processes"])
+# The others are left to `make test-all`.
+USUAL = ("LoRA with dropout", 1)
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param((name, ranks), marks=[] if (name, ranks) == USUAL else pytest.mark.slow, id=f"{name}, {ranks}")
+        for ranks in (1, 2)
+        for name in STRATEGIES
+    ],
+)
 def runs(request, tmp_path_factory) -> dict[str, tuple[Run, Run]]:
-    """Strategy and moment -> the undisturbed run, and the one that was killed and started again."""
+    """Moment -> the undisturbed run, and the one that was killed and started again."""
+    strategy, ranks = request.param
     folder = tmp_path_factory.mktemp("kills")
     model, data = recipe.model_folder(folder / "model"), recipe.docvqa_rows(folder / "data", 9, 5)
     flags = [
@@ -33,29 +46,20 @@ def runs(request, tmp_path_factory) -> dict[str, tuple[Run, Run]]:
         *("--learning_rate", "1e-2", "--warmup_steps", "0", "--max_new_tokens", "4", "--dataloader_num_workers", "0"),
         *("--logging_steps", "3", "--logging_first_step", "False", "--per_device_eval_batch_size", "2"),
     ]
-    calls = {strategy: [*flags, *more] for strategy, more in STRATEGIES.items()}
-    whole = several(calls, folder, ranks=request.param)
-    killed, again = {}, {}
-    for strategy in STRATEGIES:
-        for moment in MOMENTS:
-            name = f"{strategy}: {moment}"
-            output = ["--output_dir", str(folder / name.replace(" ", "-"))]
-            killed[name] = [moment, script("docvqa"), *calls[strategy], *output]
-            again[name] = [*calls[strategy], *output]
-    first = several(killed, folder, dict.fromkeys(killed, KILLER), ranks=request.param)
-    second = several(again, folder, ranks=request.param)
-    for name, run in first.items():
-        assert run.status in (KILLED, -9), f"{name}: {run.status} {run.stdout} {run.stderr}"
-    return {
-        name: (whole[name.partition(":")[0]], Run(Path(again[name][-1]), run.status, run.stdout, run.stderr))
-        for name, run in second.items()
-    }
+    flags += STRATEGIES[strategy]
+    whole = several({"whole": flags}, folder, ranks=ranks)["whole"]
+    outputs = {moment: folder / moment.replace(" ", "-") for moment in MOMENTS}
+    again = {moment: [*flags, "--output_dir", str(output)] for moment, output in outputs.items()}
+    killed = {moment: [moment, script("docvqa"), *call] for moment, call in again.items()}
+    for moment, run in several(killed, folder, dict.fromkeys(killed, KILLER), ranks=ranks).items():
+        assert run.status in (KILLED, -9), f"{moment}: {run.status} {run.stdout} {run.stderr}"
+    second = several(again, folder, ranks=ranks)
+    return {moment: (whole, replace(run, output=outputs[moment])) for moment, run in second.items()}
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_killed_run_ends_as_if_nothing_had_happened(runs, strategy, moment):
-    whole, run = runs[f"{strategy}: {moment}"]
+def test_a_killed_run_ends_as_if_nothing_had_happened(runs, moment):
+    whole, run = runs[moment]
     assert run.status == 0, run.stdout + run.stderr
     expected, found = weights(whole.output), weights(run.output)
     assert expected.keys() == found.keys()
