@@ -628,7 +628,7 @@ def test_a_flag_like_no_other_is_only_named():
         ["--lr_scheduler_type", "cosine", "--lr_scheduler_kwargs", '{"num_cycles": 2}'],
         ["--lr_scheduler_type", "cosine_with_min_lr", "--lr_scheduler_kwargs", '{"min_lr": 1e-6}'],
         ["--lr_scheduler_type", "polynomial", "--lr_scheduler_kwargs", '{"power": 2}'],
-        ["--optim", "adafactor", "--optim_args", "scale_parameter=False"],
+        ["--optim", "rmsprop", "--optim_args", "alpha=0.9,momentum=0.1"],
         ["--optim", "sgd"],
     ],
     ids=call,
