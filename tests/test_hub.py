@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -83,6 +84,10 @@ def hasty(monkeypatch):
     monkeypatch.setattr(download, "STALL_SECONDS", 3)
     monkeypatch.setattr(download, "REQUEST_SECONDS", 1)
     monkeypatch.setattr(download, "RETRY_AFTER", (0.1, 0.1, 0.1))
+    yield
+    if download._Download.last:
+        # A thread that was given up, in the middle of the library's own waits, ends before the next test's hub is asked.
+        download._Download.last.done.wait(20)
 
 
 def refusal(function, *arguments) -> str:
@@ -270,8 +275,8 @@ def test_offline_without_a_cache_is_one_line_at_once(hub, home, args, monkeypatc
         (Fault("silent"), ["no answer"]),
         (Fault("silent", on=".parquet"), ["no answer"]),
         (Fault("silent", on="README.md"), ["no answer"]),
-        (Fault("drip", on=".parquet"), ["bytes in"]),
-        (Fault("drip", on="/api/"), ["bytes in"]),
+        (Fault("drip", on=".parquet"), ["at most", "bytes in 3 s"]),
+        (Fault("drip", on="/api/"), ["at most", "bytes in 3 s"]),
         (Fault("short", on=".parquet"), ["cut short"]),
         (Fault("no_etag", on="/resolve/"), ["ETag"]),
     ],
@@ -347,8 +352,8 @@ def test_a_long_download_that_goes_on_is_left_alone_and_says_so(hub, capfd, monk
     hub.fault = Fault("slow", on="slow.bin")
     assert fetch_one("me/slow", "slow.bin").stat().st_size == 60_000
     lines = capfd.readouterr().err.strip().splitlines()
-    assert 2 <= len(lines) <= 8
-    assert lines[-1].startswith(f"me/slow: slow.bin: 0.0 of 0.1 MB from {hub.endpoint} in ")
+    assert len(lines) >= 2
+    assert re.fullmatch(rf"me/slow: slow.bin: 0.0\d of 0.06 MB from {hub.endpoint} in \d s, 0.0\d MB/s", lines[-1])
 
 
 @pytest.mark.usefixtures("hasty")
@@ -391,8 +396,7 @@ def ranks(tmp_path, model, endpoint, **environment) -> tuple[subprocess.Complete
         "torch.distributed.run",
         "--nproc_per_node",
         "3",
-        "--master_port",
-        "0",
+        "--standalone",
         str(script),
     ]
     found = subprocess.run(
@@ -400,6 +404,7 @@ def ranks(tmp_path, model, endpoint, **environment) -> tuple[subprocess.Complete
         cwd=tmp_path,
         capture_output=True,
         text=True,
+        timeout=100,
         env={
             **os.environ,
             "PYTHONPATH": str(ROOT),
