@@ -1,11 +1,14 @@
 # make demo    a first success on a CPU: builds a tiny model and data, fine-tunes, evaluates
-# make test    all tests
+# make test    ruff, mypy and the tests
+# make test-all    the slow tests too, and long fuzzing
+# make test-versions    the tests of phi3v and parity on the oldest supported transformers, on vLLM's and on the pinned one
+# make test-package    builds sdist and wheel, installs the wheel into an empty environment and imports it outside the checkout
 PYTHON ?= python3
 VENV ?= .venv
 STRATEGY ?= full
 DEMO_DIR ?= demo_output
 
-.PHONY: demo test
+.PHONY: demo test test-all test-versions test-package
 
 # Installs again when a pin changes.
 $(VENV)/installed: requirements.txt requirements-dev.txt
@@ -19,4 +22,36 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
 	$(VENV)/bin/python -m pytest
+
+test-all: $(VENV)/installed
+	$(VENV)/bin/python -m pytest -m "slow or not slow" --hypothesis-profile=long
+
+# The oldest transformers that pyproject.toml allows, the newest that vLLM 0.32 allows, the pinned one.
+VERSIONS = 5.16.1 5.19.0 $(shell sed -n 's/^transformers==//p' requirements.txt)
+# What phi3v needs and no more, so that a hidden need for another library (accelerate, peft, torchvision) shows.
+PHI3V_TESTS = tests/test_package.py tests/test_configuration.py tests/test_image_processing.py tests/test_processing.py \
+	tests/test_modeling.py tests/test_model_generation.py tests/parity
+
+.venvs/transformers-%/installed: requirements.txt requirements-dev.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check transformers==$* \
+		$$(grep -hE '^(torch|numpy|pillow|jinja2|scikit-learn|pytest|pytest-timeout|hypothesis)==' requirements.txt requirements-dev.txt)
+	touch $@
+
+.PRECIOUS: .venvs/transformers-%/installed
+
+test-versions: $(VERSIONS:%=.venvs/transformers-%/installed)
+	for version in $(VERSIONS); do \
+		echo "transformers $$version"; \
+		.venvs/transformers-$$version/bin/python -m pytest -p no:cacheprovider $(PHI3V_TESTS) || exit 1; \
+	done
+
+test-package:
+	rm -rf .venvs/package && $(PYTHON) -m venv .venvs/package
+	.venvs/package/bin/pip install --quiet --disable-pip-version-check build
+	.venvs/package/bin/python -m build --outdir .venvs/package/dist .
+	rm -rf build *.egg-info
+	.venvs/package/bin/pip install --quiet --disable-pip-version-check $$(grep '^torch==' requirements.txt) .venvs/package/dist/*.whl
+	cd / && $(CURDIR)/.venvs/package/bin/python -c "import phi3v; print(phi3v.__file__)"

@@ -14,20 +14,22 @@ Written into --output_dir: weights or adapter and the processor, eval_before.jso
 curves.png, confusion.png, report.html, checkpoint-N/. `--help` lists all flags.
 """
 
+from pydantic import Field
+
 from finetuning.arguments import RecipeArguments, parse_args
 from finetuning.data.collator import DataCollatorForPhi3V
-from finetuning.data.conversation import Conversation, Turn, from_jsonl
-from finetuning.data.dataset import ConversationDataset, StartEpoch
+from finetuning.data.conversation import Conversation, Turn
+from finetuning.data.dataset import build_dataset
 from finetuning.data.hub import load_hub
-from finetuning.data.reading import read_splits, take
+from finetuning.data.reading import read_splits
+from finetuning.data.schemas import CauldronText, ConvertedRow, Picture, RowId, RowModel, parse_row
 from finetuning.errors import run
-from finetuning.results.evaluation import Prediction, evaluate
+from finetuning.results.evaluation import Prediction, evaluate, score_again
 from finetuning.results.metrics import exact_match
 from finetuning.results.report import write_report
-from finetuning.training.callbacks import GradientCheck
-from finetuning.training.checkpoint import begin
 from finetuning.training.loading import load_model, load_processor
-from finetuning.training.summary import describe
+from finetuning.training.resume import begin
+from finetuning.training.summary import print_summary
 from finetuning.training.trainer import RecipeTrainer
 
 HELD_OUT = 500
@@ -41,13 +43,22 @@ def load_splits(args: RecipeArguments):
     return rows.select(range(HELD_OUT, len(rows))), rows.select(range(HELD_OUT))
 
 
+class PairRow(RowModel):
+    """Two pictures and statements about them, each {"user", "assistant"}: the form of the_cauldron."""
+
+    id: RowId
+    images: list[Picture] = Field(min_length=2, max_length=2)
+    texts: list[CauldronText] = Field(min_length=1)
+
+
 def to_conversation(row: dict) -> Conversation:
     """Two pictures, shown in the first turn, and one statement a turn; every turn is trained and answered."""
-    if "conversations" in row:
-        return from_jsonl(row)
-    turns = [Turn(text["user"], [text["assistant"]]) for text in row["texts"]]
-    turns[0].images = row["images"]
-    return Conversation(str(row["id"]), turns)
+    parsed = parse_row(row, ConvertedRow, PairRow)
+    if isinstance(parsed, ConvertedRow):
+        return parsed.to_conversation()
+    turns = [Turn(text.user, [text.assistant]) for text in parsed.texts]
+    turns[0].images = parsed.images
+    return Conversation(parsed.id, turns)
 
 
 def score(predictions: list[Prediction]) -> dict[str, float]:
@@ -61,19 +72,14 @@ def main():
     args = parse_args()
     processor = load_processor(args)
     train_rows, eval_rows = load_splits(args)
-    eval_rows = take(eval_rows, args.eval_size)
-    train_dataset = ConversationDataset(
-        train_rows, to_conversation, processor, args.max_length, args.seed, args.batch_size
-    )
-    eval_dataset = ConversationDataset(eval_rows, to_conversation, processor, args.max_length, args.seed)
-    train_dataset.check()
-    eval_dataset.check()
-    begin(args, train_dataset, eval_dataset)
+    train_dataset = build_dataset(train_rows, to_conversation, processor, args, split="train")
+    eval_dataset = build_dataset(eval_rows, to_conversation, processor, args, split="eval")
+    if begin(args, train_dataset, eval_dataset) and score_again(eval_dataset, score, args):
+        write_report(args, __doc__, eval_dataset)
+        return
 
     model = load_model(args)
-    description = describe(model, args, train_dataset)
-    if args.process_index == 0:
-        print(description, flush=True)
+    print_summary(model, args, train_dataset)
     trainer = RecipeTrainer(
         model=model,
         args=args,
@@ -81,18 +87,12 @@ def main():
         eval_dataset=eval_dataset,
         data_collator=DataCollatorForPhi3V(processor.tokenizer.pad_token_id, args.padding_free),
         processing_class=processor,
-        callbacks=[StartEpoch(), GradientCheck(model)],
     )
-    evaluate(model, processor, eval_rows, to_conversation, score, args, stage="before")
+    evaluate(model, eval_dataset, score, args, stage="before")
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
-    trainer.save_state()
-    evaluate(model, processor, eval_rows, to_conversation, score, args, stage="after")
-    if args.process_index == 0:
-        path = write_report(
-            args, __doc__.splitlines()[0], description, trainer.state.log_history, eval_rows, to_conversation
-        )
-        print(f"report -> {path}", flush=True)
+    evaluate(model, eval_dataset, score, args, stage="after")
+    write_report(args, __doc__, eval_dataset)
 
 
 if __name__ == "__main__":

@@ -12,19 +12,21 @@ Written into --output_dir: weights or adapter and the processor, eval_before.jso
 curves.png, confusion.png, report.html, checkpoint-N/. `--help` lists all flags.
 """
 
+from pydantic import field_validator
+
 from finetuning.arguments import RecipeArguments, parse_args
 from finetuning.data.collator import DataCollatorForPhi3V
-from finetuning.data.conversation import from_jsonl
-from finetuning.data.dataset import ConversationDataset, StartEpoch
-from finetuning.data.reading import read_splits, take
+from finetuning.data.conversation import Conversation
+from finetuning.data.dataset import build_dataset
+from finetuning.data.reading import read_splits
+from finetuning.data.schemas import ConvertedRow, ConvertedTurn, parse_row
 from finetuning.errors import InputError, run
-from finetuning.results.evaluation import Prediction, evaluate
+from finetuning.results.evaluation import Prediction, evaluate, score_again
 from finetuning.results.metrics import exact_match
 from finetuning.results.report import write_report
-from finetuning.training.callbacks import GradientCheck
-from finetuning.training.checkpoint import begin
 from finetuning.training.loading import load_model, load_processor
-from finetuning.training.summary import describe
+from finetuning.training.resume import begin
+from finetuning.training.summary import print_summary
 from finetuning.training.trainer import RecipeTrainer
 
 # 8 frames of 5 crops at most: about 6,000 tokens a clip.
@@ -40,8 +42,21 @@ def load_splits(args: RecipeArguments):
     return read_splits(args.data_dir, evaluation=args.eval_split or ("val", "test"))
 
 
-# The frames of a clip are the images of its only turn.
-to_conversation = from_jsonl
+class ClipRow(ConvertedRow):
+    """{"id", "conversations": [{"images": paths of the frames, "user": the question, "assistant": the class}]}."""
+
+    @field_validator("conversations")
+    @classmethod
+    def check_frames(cls, turns: list[ConvertedTurn]) -> list[ConvertedTurn]:
+        """More turns may follow the one that shows the frames."""
+        if not turns[0].images:
+            raise ValueError("expected the frames of a clip as images of the first turn, found none")
+        return turns
+
+
+def to_conversation(row: dict) -> Conversation:
+    """The frames of a clip are the images of its first turn, usually its only one."""
+    return parse_row(row, ClipRow).to_conversation()
 
 
 def score(predictions: list[Prediction]) -> dict[str, float]:
@@ -58,19 +73,14 @@ def main():
     args = parse_args(num_crops=NUM_CROPS)
     processor = load_processor(args)
     train_rows, eval_rows = load_splits(args)
-    eval_rows = take(eval_rows, args.eval_size)
-    train_dataset = ConversationDataset(
-        train_rows, to_conversation, processor, args.max_length, args.seed, args.batch_size
-    )
-    eval_dataset = ConversationDataset(eval_rows, to_conversation, processor, args.max_length, args.seed)
-    train_dataset.check()
-    eval_dataset.check()
-    begin(args, train_dataset, eval_dataset)
+    train_dataset = build_dataset(train_rows, to_conversation, processor, args, split="train")
+    eval_dataset = build_dataset(eval_rows, to_conversation, processor, args, split="eval")
+    if begin(args, train_dataset, eval_dataset) and score_again(eval_dataset, score, args):
+        write_report(args, __doc__, eval_dataset)
+        return
 
     model = load_model(args)
-    description = describe(model, args, train_dataset)
-    if args.process_index == 0:
-        print(description, flush=True)
+    print_summary(model, args, train_dataset)
     trainer = RecipeTrainer(
         model=model,
         args=args,
@@ -78,18 +88,12 @@ def main():
         eval_dataset=eval_dataset,
         data_collator=DataCollatorForPhi3V(processor.tokenizer.pad_token_id, args.padding_free),
         processing_class=processor,
-        callbacks=[StartEpoch(), GradientCheck(model)],
     )
-    evaluate(model, processor, eval_rows, to_conversation, score, args, stage="before")
+    evaluate(model, eval_dataset, score, args, stage="before")
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
-    trainer.save_state()
-    evaluate(model, processor, eval_rows, to_conversation, score, args, stage="after")
-    if args.process_index == 0:
-        path = write_report(
-            args, __doc__.splitlines()[0], description, trainer.state.log_history, eval_rows, to_conversation
-        )
-        print(f"report -> {path}", flush=True)
+    evaluate(model, eval_dataset, score, args, stage="after")
+    write_report(args, __doc__, eval_dataset)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,6 @@ ALWAYS = {
     "layers": "CLIP stops at the layer that is used",
     "labels": "logits and loss at the labels only",
     "sdpa": "fused attention (sdpa) instead of eager",
-    "elementwise": "elementwise operations of a layer computed again",
 }
 # Of the product: what it does, flags, strategy, whether it is kept and why.
 FLAGS = {

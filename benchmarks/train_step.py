@@ -42,7 +42,6 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -54,7 +53,7 @@ from finetuning.data.encoding import encode_conversation
 from finetuning.errors import RunError, run
 from finetuning.training.callbacks import keep_text_activations
 from finetuning.training.loading import load_model, load_processor
-from phi3v import Phi3VConfig, modeling_phi3_v
+from phi3v import Phi3VConfig
 
 from .models import IMAGES, STRATEGIES, base_of, build_folder, parser, recipe_arguments, sample
 from .record import RESULTS, ROOT, provenance, write
@@ -69,8 +68,8 @@ TARGETS = {
 
 
 # What `--reference --with` may take over from the product: only real crops, CLIP cut at the used layer, logits at the labels
-# alone, the fused attention, elementwise operations recomputed.
-LEVERS = ("crops", "layers", "labels", "sdpa", "elementwise")
+# alone, the fused attention.
+LEVERS = ("crops", "layers", "labels", "sdpa")
 
 
 def step_flops(
@@ -254,9 +253,6 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     if args.reference:
         base_of(model).set_attn_implementation("sdpa" if "sdpa" in args.with_ else "eager")
         loss_of = partial(reference_loss, levers=args.with_)
-        if "elementwise" not in args.with_:
-            keep = patch.object(modeling_phi3_v, "_recomputed", lambda function, *inputs: function(*inputs))
-            loss_of = keep(loss_of)
     if args.recompute != "none":
         model.activation_checkpointing_enable()
     if args.recompute == "vision":

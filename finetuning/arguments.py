@@ -1,27 +1,28 @@
 """The flags of all recipes: the published names and defaults, over every Hugging Face TrainingArguments flag."""
 
 import argparse
+import difflib
 import importlib.util
 import json
 import math
 import os
-import resource
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 import torch
-import torch.distributed as dist
-from PIL import Image
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import HfArgumentParser, Trainer, TrainingArguments, get_scheduler
 from transformers.hf_argparser import HfArg
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 from transformers.utils import logging
 
 from phi3v.modeling_phi3_v import SDPA_PACKED
 
+from .data.images import MAX_IMAGE_PIXELS
+from .environment import check_shared_memory, prepare_process, use_gloo_in_deepspeed
 from .errors import InputError
 
 ZERO2 = Path(__file__).parents[1] / "ds_configs" / "zero2.json"
@@ -30,7 +31,7 @@ ZERO2 = Path(__file__).parents[1] / "ds_configs" / "zero2.json"
 GROUPS = {
     "model": ["model_name_or_path", "attn_implementation", "use_flash_attention", "bf16", "fp16"],
     "strategy": ["freeze_vision_model", "use_lora", "use_qlora", "lora_rank", "lora_alpha_ratio", "lora_dropout", "deepspeed"],
-    "data": ["data_dir", "full_train", "num_crops", "max_image_pixels", "max_length", "padding_free"],
+    "data": ["data_dir", "full_train", "num_crops", "max_image_pixels", "max_length", "padding_free", "on_bad_row", "max_bad_rows"],
     "optimisation": [
         "batch_size",
         "per_device_train_batch_size",
@@ -45,12 +46,37 @@ GROUPS = {
         "recompute",
     ],
     "evaluation": ["eval_split", "eval_size", "per_device_eval_batch_size", "max_new_tokens"],
-    "output": ["output_dir", "save_steps", "save_total_limit", "resume_from_checkpoint", "overwrite_output_dir", "on_nonfinite", "disable_tqdm"],
+    "output": ["output_dir", "do_train", "save_steps", "save_total_limit", "resume_from_checkpoint", "overwrite_output_dir", "on_nonfinite", "disable_tqdm"],
 }  # fmt: skip
 OTHER = "Hugging Face TrainingArguments"
+# Least and most of each number, None for any.
+RANGES = {
+    "batch_size": (1, 1_000_000),
+    "per_device_train_batch_size": (1, 10_000),
+    "per_device_eval_batch_size": (1, 10_000),
+    "lora_rank": (1, 3072),  # the width of the language model
+    "max_new_tokens": (1, 131_072),  # positions of the model
+    "max_length": (1, None),
+    "max_image_pixels": (1, None),
+    "max_bad_rows": (0, None),
+    "eval_size": (0, None),
+    "dataloader_num_workers": (0, 256),
+    "learning_rate": (0, None),
+    "weight_decay": (0, None),
+    "warmup_steps": (0, None),
+    "seed": (0, 2**32 - 1),  # numpy's
+    "data_seed": (0, 2**32 - 1),
+    "label_smoothing_factor": (0, 1),
+}
+SCRIPT_PREFIX = "finetune_hf_trainer_"
 
 
-def _switch(default, help: str, aliases=()):
+def _flag(default: Any, help: str, **settings: Any) -> Any:
+    """A flag; a default of None stands for one that follows from other flags."""
+    return HfArg(default=default, help=help, **settings)
+
+
+def _switch(default: bool | None, help: str, aliases: Sequence[str] = ()) -> Any:
     """A bool flag that is true when given alone, also where its default is None."""
     alone = {"nargs": "?", "const": True} if default is None else {}
     return HfArg(default=default, help=help, aliases=list(aliases), metadata=alone)
@@ -60,118 +86,130 @@ def _switch(default, help: str, aliases=()):
 class RecipeArguments(TrainingArguments):
     """Arguments of a fine-tuning run; the help texts say what each is and in which unit."""
 
-    model_name_or_path: str = HfArg(
+    model_name_or_path: str = _flag(
         default="microsoft/Phi-3.5-vision-instruct", help="model folder, or name on the Hugging Face hub"
     )
-    attn_implementation: str | None = HfArg(
+    attn_implementation: str | None = _flag(
         default=None, help="attention kernel: eager, sdpa, flash_attention_2 (default: sdpa)"
     )
     use_flash_attention: bool = _switch(
         False, "flash attention, the best that is installed: flash-attn, or else PyTorch's own kernel (Ampere or newer)"
     )
     bf16: bool = _switch(False, "train in bfloat16 (Ampere or newer, or CPU)")
-    fp16: bool | None = _switch(
+    fp16: bool = _switch(
         None, "train in float16 with loss scaling; the default on a GPU without --bf16. `--fp16 False`: float32"
     )
 
     freeze_vision_model: bool = _switch(False, "keep the vision tower and its projector as they are")
     use_lora: bool = _switch(False, "train LoRA adapters instead of the weights")
     use_qlora: bool = _switch(False, "LoRA over a language model quantised to 4 bits (nf4); implies --use_lora")
-    lora_rank: int = HfArg(default=64, help="rank of the LoRA matrices")
-    lora_alpha_ratio: float = HfArg(default=2, help="LoRA alpha divided by the rank")
-    lora_dropout: float = HfArg(default=0.0, help="dropout before the LoRA matrices, probability 0 to 1")
-    deepspeed: str | None = HfArg(
+    lora_rank: int = _flag(default=64, help="rank of the LoRA matrices")
+    lora_alpha_ratio: float = _flag(default=2, help="LoRA alpha divided by the rank")
+    lora_dropout: float = _flag(default=0.0, help="dropout before the LoRA matrices, probability 0 to 1")
+    deepspeed: str | None = _flag(
         default=None,
-        help="DeepSpeed config file (default: ds_configs/zero2.json for full and frozen-vision fine-tuning, none for LoRA)",
+        help="DeepSpeed: a config file, inline JSON, or none (default: ds_configs/zero2.json for full and frozen-vision "
+        "fine-tuning, none for LoRA)",
     )
 
-    data_dir: str | None = HfArg(default=None, help="folder with your own data instead of the data set on the hub")
+    data_dir: str | None = _flag(default=None, help="folder with your own data instead of the data set on the hub")
     full_train: bool = _switch(False, "train on the whole data set instead of the small split (DocVQA)")
-    max_image_pixels: int = HfArg(
-        default=180_000_000, help="largest image that is decoded, in pixels: a small file may hold a huge one"
+    max_image_pixels: int = _flag(
+        default=MAX_IMAGE_PIXELS, help="largest image that is decoded, in pixels: a small file may hold a huge one"
     )
-    num_crops: int = HfArg(default=16, help="most crops of 336 x 336 pixels an image is cut into, 1 to 16")
-    max_length: int | None = HfArg(
+    num_crops: int = _flag(default=16, help="most crops of 336 x 336 pixels an image is cut into, 1 to 16")
+    max_length: int | None = _flag(
         default=None,
         help="longest sample allowed, in tokens; a longer one is refused (default: what the model can take)",
     )
     padding_free: bool = _switch(False, "join the samples of a micro-batch in one row instead of padding them")
+    on_bad_row: str = _flag(
+        default="stop",
+        help="when a row cannot be used: stop, or skip it (each is named, and listed in bad_rows.jsonl)",
+        metadata={"choices": ["stop", "skip"]},
+    )
+    max_bad_rows: int | None = _flag(
+        default=None, help="most rows that --on_bad_row skip leaves out of a split (default: 1%% of them)"
+    )
 
-    batch_size: int = HfArg(default=16, help="effective batch: samples per optimizer step over all GPUs of all nodes")
-    per_device_train_batch_size: int = HfArg(
+    batch_size: int = _flag(default=16, help="effective batch: samples per optimizer step over all GPUs of all nodes")
+    per_device_train_batch_size: int = _flag(
         default=1,
         aliases=["--batch_size_per_gpu", "--batch-size-per-gpu"],
         help="micro-batch: samples at once on each GPU",
     )
-    gradient_accumulation_steps: int | None = HfArg(
-        default=None, help="derived: batch_size / (GPUs x batch_size_per_gpu); refused if it is given and differs"
+    gradient_accumulation_steps: int = _flag(
+        default=None,
+        help="derived: batch_size / (GPUs x batch_size_per_gpu), rounded up; refused if it is given and differs",
     )
-    num_train_epochs: float = HfArg(default=1, help="passes over the training data")
-    learning_rate: float = HfArg(default=4e-5, help="peak learning rate")
-    weight_decay: float = HfArg(default=0.01, aliases=["--wd"], help="weight decay of AdamW")
-    warmup_steps: float = HfArg(default=50, help="optimizer steps of linear warm-up; below 1: share of all steps")
-    adam_beta1: float = HfArg(default=0.9, help="AdamW beta 1")
-    adam_beta2: float = HfArg(default=0.95, help="AdamW beta 2")
-    adam_epsilon: float = HfArg(default=1e-7, help="AdamW epsilon")
-    max_grad_norm: float = HfArg(default=1.0, help="gradients are clipped to this norm")
-    recompute: str = HfArg(
+    num_train_epochs: float = _flag(default=1, help="passes over the training data")
+    learning_rate: float = _flag(default=4e-5, help="peak learning rate")
+    weight_decay: float = _flag(default=0.01, aliases=["--wd"], help="weight decay of AdamW")
+    warmup_steps: float = _flag(default=50, help="optimizer steps of linear warm-up; below 1: share of all steps")
+    adam_beta1: float = _flag(default=0.9, help="AdamW beta 1")
+    adam_beta2: float = _flag(default=0.95, help="AdamW beta 2")
+    adam_epsilon: float = _flag(default=1e-7, help="AdamW epsilon")
+    max_grad_norm: float = _flag(default=1.0, help="gradients are clipped to this norm")
+    recompute: str = _flag(
         default="full",
         help="layers whose activations are computed again in the backward pass, to save memory: full, vision or none; "
         "'--activation_checkpointing_kwargs {\"every_n_layers\": 2}' takes every second one",
         metadata={"choices": ["full", "vision", "none"]},
     )
 
-    eval_split: str | None = HfArg(
+    eval_split: str | None = _flag(
         default=None, help="split of --data_dir that is answered, such as val or test (default: the task's usual one)"
     )
-    eval_size: int | None = HfArg(
+    eval_size: int | None = _flag(
         default=None, help="rows answered before and after training (default: all of the split; 0: no evaluation)"
     )
-    per_device_eval_batch_size: int = HfArg(default=4, help="rows answered at once on each GPU")
-    max_new_tokens: int = HfArg(default=64, help="longest answer that is generated, in tokens")
+    per_device_eval_batch_size: int = _flag(default=4, help="rows answered at once on each GPU")
+    max_new_tokens: int = _flag(default=64, help="longest answer that is generated, in tokens")
 
-    output_dir: str = HfArg(default="./output/", help="folder for weights, checkpoints, predictions and reports")
-    save_steps: float = HfArg(
+    output_dir: str = _flag(
+        default=None,
+        help="folder for weights, checkpoints, predictions and reports (default: output/ and the script's task)",
+    )
+    do_train: bool = _switch(None, "`--do_train False`: only answer and score, train nothing")
+    save_steps: float = _flag(
         default=500, help="optimizer steps between checkpoints (with --save_strategy steps, the default)"
     )
-    save_total_limit: int | None = HfArg(default=2, help="newest checkpoints that are kept")
-    resume_from_checkpoint: str | None = HfArg(
+    save_total_limit: int | None = _flag(default=2, help="newest checkpoints that are kept")
+    resume_from_checkpoint: str | None = _flag(
         default=None,
         help="go on from this checkpoint folder; given alone or as True: from the newest in output_dir, as a command that is "
         "started again does by itself",
         metadata={"nargs": "?", "const": "True"},
     )
     overwrite_output_dir: bool = _switch(
-        False, "start afresh where output_dir holds a run; its checkpoints are removed"
+        False, "start afresh where output_dir holds a run; all that it wrote is removed"
     )
-    on_nonfinite: str = HfArg(
+    on_nonfinite: str = _flag(
         default="stop",
         help="when a loss or gradient is not finite: stop, or skip the step (and stop after 10 in a row)",
         metadata={"choices": ["stop", "skip"]},
     )
     disable_tqdm: bool = _switch(False, "no progress bars", aliases=["--no-tqdm", "--no_tqdm"])
 
-    logging_steps: float = HfArg(default=10, help="optimizer steps between two logged losses")
+    logging_steps: float = _flag(default=10, help="optimizer steps between two logged losses")
     logging_first_step: bool = _switch(True, "log the first step too")
-    # A synchronisation of the GPU in each micro-batch, to hide a nan in the log.
+    # Off: costs a GPU synchronisation in each micro-batch.
     logging_nan_inf_filter: bool = _switch(False, "leave nan and inf out of the logged loss")
     # The forward pass decides by itself; this only keeps the Trainer from writing `use_cache: false` into config.json.
     use_cache: bool = _switch(True, "value of use_cache in the saved config.json")
     # The dataset's rows are not columns of tensors, and the model never leaves a trainable parameter unused.
     remove_unused_columns: bool = _switch(False, "leave as it is: features are made by the collator")
     ddp_find_unused_parameters: bool | None = _switch(False, "leave as it is: no parameter goes unused")
-    report_to: str = HfArg(default="none", help="experiment tracker: none, tensorboard, wandb, ...")
-    dataloader_num_workers: int | None = HfArg(
+    report_to: str = _flag(default="none", help="experiment tracker: none, tensorboard, wandb, ...")
+    dataloader_num_workers: int = _flag(
         default=None, help="worker processes per GPU that prepare images (default: up to 4, as the cores allow)"
     )
 
     def __post_init__(self):
         self._check_values()
-        # Pillow keeps it; workers inherit it.
-        Image.MAX_IMAGE_PIXELS = self.max_image_pixels
-        self._settle_file_limit()
-        self._settle_batch()
-        self._settle_strategy()
+        self.do_train = self.do_train is None or self.do_train
+        self._derive_accumulation()
+        self._derive_strategy()
         self._check_output_dir()
         if False in (self.activation_checkpointing, self.gradient_checkpointing):
             self.recompute = "none"
@@ -179,12 +217,12 @@ class RecipeArguments(TrainingArguments):
         if self.dataloader_num_workers is None:
             local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
             self.dataloader_num_workers = max(0, min(4, len(os.sched_getaffinity(0)) // local_ranks - 1))
-        self._settle_compilation()
-        self._join_restarted()
+        self._derive_compilation()
         try:
             super().__post_init__()
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise InputError(" ".join(str(error).split())) from error
+        self._check_optimizer()
         if self.disable_tqdm or self.local_process_index:
             logging.disable_progress_bar()
 
@@ -200,34 +238,28 @@ class RecipeArguments(TrainingArguments):
         return name + (" with frozen vision" if self.freeze_vision_model else "")
 
     @property
-    def kernel(self) -> str:
-        """The attention kernel by transformers' name."""
+    def attention(self) -> str:
+        """The attention implementation by transformers' name."""
         if self.use_flash_attention and importlib.util.find_spec("flash_attn"):
             return "flash_attention_2"
-        kernel = self.attn_implementation or "sdpa"
-        return SDPA_PACKED if self.padding_free and kernel == "sdpa" else kernel
+        name = self.attn_implementation or "sdpa"
+        return SDPA_PACKED if self.padding_free and name == "sdpa" else name
 
     def _check_values(self):
         if not 1 <= self.num_crops <= 16:
             raise InputError(f"--num_crops {self.num_crops}: expected a whole number from 1 to 16")
-        at_least = {
-            "batch_size": 1,
-            "per_device_train_batch_size": 1,
-            "per_device_eval_batch_size": 1,
-            "lora_rank": 1,
-            "max_new_tokens": 1,
-            "max_length": 1,
-            "max_image_pixels": 1,
-            "eval_size": 0,
-            "dataloader_num_workers": 0,
-            "learning_rate": 0,
-            "weight_decay": 0,
-            "warmup_steps": 0,
-        }
-        for name, least in at_least.items():
+        for name, (least, most) in RANGES.items():
             value = getattr(self, name)
             if value is not None and not least <= value < math.inf:
                 raise InputError(f"--{name} {value}: expected a number of at least {least}")
+            if value is not None and most is not None and value > most:
+                raise InputError(f"--{name} {value}: expected at most {most}")
+        if self.max_steps != -1 and self.max_steps < 1:
+            raise InputError(f"--max_steps {self.max_steps}: expected at least 1; --do_train False trains nothing")
+        if self.do_predict:
+            raise InputError(
+                "--do_predict: expected it left out; rows are answered before and after training, see --eval_size"
+            )
         for name in ("lora_alpha_ratio", "num_train_epochs", "save_steps", "logging_steps", "adam_epsilon"):
             value = getattr(self, name)
             if not 0 < value < math.inf:
@@ -263,37 +295,20 @@ class RecipeArguments(TrainingArguments):
                 "--full_train with --data_dir: expected one of them; the first is for the data set on the hub"
             )
 
-    def _settle_file_limit(self):
-        # Every tensor that a worker hands over is an open file.
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        possible = 4096 if hard == resource.RLIM_INFINITY else min(hard, 4096)
-        if possible < 256:
-            raise InputError(f"open files: expected a limit of at least 256, found {hard}; raise it (ulimit -Hn 4096)")
-        if soft != resource.RLIM_INFINITY and soft < possible:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (possible, hard))
-
-    def _settle_batch(self):
+    def _derive_accumulation(self):
         ranks = int(os.environ.get("WORLD_SIZE", 1))
-        per_step = ranks * self.per_device_train_batch_size
-        if self.batch_size % per_step:
-            raise InputError(
-                f"--batch_size {self.batch_size}: expected a multiple of {per_step} = {ranks} GPU(s) x "
-                f"--batch_size_per_gpu {self.per_device_train_batch_size}; try {max(1, self.batch_size // per_step) * per_step}"
-            )
-        steps = self.batch_size // per_step
-        if self.gradient_accumulation_steps not in (None, steps):
+        rounds = -(-self.batch_size // (ranks * self.per_device_train_batch_size))
+        if self.gradient_accumulation_steps not in (None, rounds):
             raise InputError(
                 f"--gradient_accumulation_steps {self.gradient_accumulation_steps}: expected it left out; "
-                f"--batch_size {self.batch_size} on {ranks} GPU(s) with --batch_size_per_gpu {self.per_device_train_batch_size} makes it {steps}"
+                f"--batch_size {self.batch_size} on {ranks} GPU(s) with --batch_size_per_gpu {self.per_device_train_batch_size} makes it {rounds}"
             )
-        self.gradient_accumulation_steps = steps
+        self.gradient_accumulation_steps = rounds
 
-    def _settle_strategy(self):
+    def _derive_strategy(self):
         # Without the flag, accelerate would not let the ranks of a machine without a GPU know of each other.
         self.use_cpu = self.use_cpu or not torch.cuda.is_available()
         on_gpu = not self.use_cpu
-        if self.use_cpu:
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         if on_gpu and local_rank >= torch.cuda.device_count():
             raise InputError(
@@ -315,32 +330,46 @@ class RecipeArguments(TrainingArguments):
             )
         self.use_lora = self.use_lora or self.use_qlora
         self._check_kernel(on_gpu)
+        self._derive_deepspeed()
+
+    def _derive_deepspeed(self):
+        """`deepspeed`, a path or a dict or None, and `deepspeed_config`, its content."""
+        self.deepspeed_config: dict[str, Any] | None = None
         if self.deepspeed is None and not self.use_lora and not self.fsdp:
             self.deepspeed = str(ZERO2)
-        if self.deepspeed is not None and not os.path.isfile(self.deepspeed):
-            raise InputError(f"--deepspeed {self.deepspeed}: no such file; ds_configs/ holds the tested one")
-        if self.deepspeed is not None:
-            try:
-                json.loads(Path(self.deepspeed).read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise InputError(f"--deepspeed {self.deepspeed}: expected a JSON file, found: {error}") from None
-            if self.use_cpu:
-                # On a CPU DeepSpeed compiles a communication kernel at first use, and a run that is killed meanwhile leaves
-                # a lock on which all later runs wait without a word. Not named here, it is not built: gloo does its work.
-                import deepspeed
+        if isinstance(self.deepspeed, str) and self.deepspeed.lower() == "none":
+            self.deepspeed = None
+        if self.deepspeed is None:
+            return
+        inline, what = str(self.deepspeed).lstrip().startswith("{"), self.deepspeed
+        if not inline and not os.path.isfile(self.deepspeed):
+            raise InputError(
+                f"--deepspeed {what}: expected a file, inline JSON or none, found no such file; ds_configs/ holds the tested ones"
+            )
+        try:
+            text = self.deepspeed if inline else Path(self.deepspeed).read_text(encoding="utf-8")
+            config = text if isinstance(text, dict) else json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"--deepspeed {str(what):.80}: expected JSON, found: {error}") from None
+        if not isinstance(config, dict):
+            raise InputError(f"--deepspeed {str(what):.80}: expected a JSON object, found {type(config).__name__}")
+        self.deepspeed_config = config
+        if inline:
+            self.deepspeed = dict(config)
+        derived = {
+            "train_micro_batch_size_per_gpu": self.per_device_train_batch_size,
+            "gradient_accumulation_steps": self.gradient_accumulation_steps,
+        }
+        for name, value in derived.items():
+            if config.get(name, "auto") not in ("auto", value):
+                raise InputError(
+                    f'--deepspeed {str(what):.80}: {name}: expected "auto" or {value}, which follows from --batch_size '
+                    f"{self.batch_size} and --batch_size_per_gpu {self.per_device_train_batch_size}, found {config[name]!r:.40}"
+                )
+        if self.use_cpu:
+            use_gloo_in_deepspeed()
 
-                deepspeed.ops.__compatible_ops__ = {}
-        # Started by plain python: one process, as `torchrun --nproc_per_node=1` would set it up.
-        for name, value in (
-            ("RANK", 0),
-            ("LOCAL_RANK", 0),
-            ("WORLD_SIZE", 1),
-            ("MASTER_ADDR", "localhost"),
-            ("MASTER_PORT", 0),
-        ):
-            os.environ.setdefault(name, str(value))
-
-    def _settle_compilation(self):
+    def _derive_compilation(self):
         """`compile_options` for the layers, which `load_model` compiles; None without --torch_compile."""
         self.compile_options = None
         if self.torch_compile or self.torch_compile_backend or self.torch_compile_mode:
@@ -351,16 +380,31 @@ class RecipeArguments(TrainingArguments):
         # The Trainer would compile the whole model: images and packed samples, of other sizes in each step, break it.
         self.torch_compile, self.torch_compile_backend, self.torch_compile_mode = False, None, None
 
-    def _join_restarted(self):
-        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        if restart == "0" or dist.is_initialized():
+    def _check_optimizer(self):
+        """Builds optimizer and schedule once over a single weight, so that wrong settings are found before a model is loaded."""
+        weight = torch.nn.Parameter(torch.zeros(1))
+        try:
+            schedule = {
+                "num_warmup_steps": 1,
+                "num_training_steps": 2,
+                "scheduler_specific_kwargs": self.lr_scheduler_kwargs,
+            }
+            get_scheduler(self.lr_scheduler_type, torch.optim.SGD([weight], lr=1.0), **schedule)
+        except (TypeError, ValueError, AttributeError, KeyError) as error:
+            raise InputError(
+                f"--lr_scheduler_type {self.lr_scheduler_type.value} with --lr_scheduler_kwargs {self.lr_scheduler_kwargs}: expected "
+                f"settings that it takes, found: {_first_line(error)}"
+            ) from None
+        if not self.optim_args:
             return
-        # torchrun --max_restarts: its store may still hold the addresses of the processes that are gone, and whoever starts
-        # first would connect to them (seen with torch 2.13, in three restarts of four).
-        store, rank, size = next(dist.rendezvous("env://"))
-        store = dist.PrefixStore(f"restart_{restart}", store)
-        backend = self.ddp_backend or ("gloo" if self.use_cpu else "nccl")
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=self.ddp_timeout_delta)
+        try:
+            optimizer, settings = Trainer.get_optimizer_cls_and_kwargs(self)
+            optimizer([weight], **settings)
+        except (TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError, ImportError) as error:
+            raise InputError(
+                f"--optim {self.optim} with --optim_args {self.optim_args}: expected name=value,name=value that it takes, found: "
+                f"{_first_line(error)}"
+            ) from None
 
     def _check_kernel(self, on_gpu: bool):
         known = ("eager", "sdpa", "flash_attention_2")
@@ -386,6 +430,20 @@ class RecipeArguments(TrainingArguments):
             raise InputError("flash attention in float32: expected --bf16 or --fp16; leave the flag out to use sdpa")
 
     def _check_output_dir(self):
+        if self.output_dir is None:
+            raise InputError("--output_dir: expected a folder")
+        output = os.path.realpath(self.output_dir)
+        for name in ("model_name_or_path", "data_dir"):
+            folder = getattr(self, name)
+            if (
+                folder is not None
+                and os.path.isdir(folder)
+                and os.path.join(output, "").startswith(os.path.join(os.path.realpath(folder), ""))
+            ):
+                where = "the same folder" if output == os.path.realpath(folder) else "a folder inside it"
+                raise InputError(
+                    f"--output_dir {self.output_dir}: expected a folder apart from --{name} {folder}, found {where}"
+                )
         try:
             os.makedirs(self.output_dir, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.output_dir):
@@ -431,9 +489,30 @@ class _Parser(HfArgumentParser):
     def error(self, message):
         raise InputError(f"{message} (--help lists all flags)")
 
+    def parse_flags(self, argv: list[str]) -> argparse.Namespace:
+        """Like `parse_args`, but an unknown flag is answered with those that it may mean."""
+        namespace, rest = self.parse_known_args(argv)
+        unknown = next((word.split("=")[0] for word in rest if word.startswith("--")), rest[0] if rest else None)
+        if unknown is None:
+            return namespace
+        known = [option for action in self._actions for option in action.option_strings if option.startswith("--")]
+        close = difflib.get_close_matches(unknown, known, n=2)
+        meant = f"; did you mean {' or '.join(close)}?" if close else ""
+        self.error(f"unrecognized arguments: {unknown}{meant}")
+        return namespace
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), repr(error))
+
+
+def default_output_dir(script: str) -> str:
+    """output/TASK of a script: ./output/docvqa for finetune_hf_trainer_docvqa.py."""
+    return os.path.join("output", Path(script).stem.removeprefix(SCRIPT_PREFIX) or "run")
+
 
 def parse_args(argv: list[str] | None = None, **defaults) -> RecipeArguments:
-    """The arguments of a recipe, checked before anything expensive starts.
+    """The arguments of a recipe, checked, and the process prepared for them, before anything expensive starts.
 
     Args:
         argv (list[str], optional): command line without the program's name.
@@ -443,7 +522,17 @@ def parse_args(argv: list[str] | None = None, **defaults) -> RecipeArguments:
         InputError: for an unknown flag, a value out of range or flags that contradict each other.
     """
     usage = "torchrun --nproc_per_node=GPUS %(prog)s [flags]"
-    parser = _Parser(RecipeArguments, allow_abbrev=False, usage=usage, formatter_class=_HelpFormatter)
+    kinds: Any = RecipeArguments
+    parser = _Parser(kinds, allow_abbrev=False, usage=usage, formatter_class=_HelpFormatter)
     parser.set_defaults(**defaults)
-    namespace = parser.parse_args(sys.argv[1:] if argv is None else argv)
-    return RecipeArguments(**vars(namespace))
+    namespace = parser.parse_flags(sys.argv[1:] if argv is None else argv)
+    if namespace.output_dir is None:
+        namespace.output_dir = default_output_dir(sys.argv[0])
+    if namespace.hub_token:
+        # As an argument it would be written into training_args.bin.
+        os.environ["HF_TOKEN"], namespace.hub_token = namespace.hub_token, None
+    use_cpu = namespace.use_cpu or not torch.cuda.is_available()
+    prepare_process(use_cpu, namespace.ddp_backend, namespace.ddp_timeout, namespace.max_image_pixels)
+    args = RecipeArguments(**vars(namespace))
+    check_shared_memory(args.dataloader_num_workers, args.per_device_train_batch_size, args.num_crops)
+    return args

@@ -1,24 +1,28 @@
 """Checks a folder of data before anyone pays for a GPU, and turns other formats into the native one.
 
     python -m finetuning.validate DATA_DIR --num_crops 4 --max_length 4096
+    python -m finetuning.validate MEMES_DIR --task hateful_memes
     python -m finetuning.validate LLAVA_DIR --convert OUT
 
-It reads the rows that finetuning/formats.py describes.
+It reads the rows that finetuning/data/formats.py describes; with --task those of a script, by the script's own
+`to_conversation`, and counts with its number of crops. What it passes is what training takes: one reader, one limit of
+pixels, one count of tokens.
 
 Exit status: 0, or 2 for a fault: the first one, or all with --all, as `FILE:LINE: sample ID: expected ..., found ...`.
 """
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,9 +33,9 @@ from transformers.utils import logging
 
 from phi3v import Phi3VImageProcessor, Phi3VProcessor
 from phi3v.image_processing_phi3_v import MAX_NUM_CROPS, hd_size, padded_size
-from phi3v.processing_phi3_v import IMAGE_TAG, find_tags
+from phi3v.processing_phi3_v import find_tags
 
-from .data.conversation import Conversation, Turn, check_conversation, control_tokens, to_messages
+from .data.conversation import check_conversation, control_tokens, to_messages
 from .data.formats import (
     SPLITS,
     Fault,
@@ -43,7 +47,9 @@ from .data.formats import (
     refuse_existing,
     split_of,
 )
-from .data.images import image_size, load_images
+from .data.images import MAX_IMAGE_PIXELS, image_size, limit_pixels, load_image
+from .data.lengths import conversation_lengths
+from .data.shown import printable
 from .errors import InputError
 
 BATCH = 1000  # samples checked together: images by all cores, texts by one call of the tokenizer
@@ -62,8 +68,12 @@ CONTROL_TOKENS = [
 ]
 
 
+ROOT = Path(__file__).parents[1]
+TASKS = ("docvqa", "hateful_memes", "nlvr2", "ucf101")
+
+
 @dataclass(slots=True)
-class Picture:
+class ImageFigures:
     """An image file: its size in bytes, its crops and image tokens (None: not opened), and what is wrong with it."""
 
     bytes: int | None = None
@@ -73,7 +83,7 @@ class Picture:
 
 
 @dataclass
-class Figures:
+class SplitFigures:
     """What is counted in a split; the lists hold a number for each sample."""
 
     files: set[Path] = field(default_factory=set)
@@ -82,6 +92,32 @@ class Figures:
     crops: list[int] = field(default_factory=list)
     image_tokens: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
+
+
+def load_script(task: str) -> ModuleType:
+    """The script of a task, loaded from its file: no import, because scripts stand above this package.
+
+    Args:
+        task (str): one of `TASKS`, or the path of a script of one's own.
+
+    Raises:
+        InputError: if there is no such script, or it has no `to_conversation`.
+    """
+    path = Path(task) if task.endswith(".py") else ROOT / f"finetune_hf_trainer_{task}.py"
+    if (not task.endswith(".py") and task not in TASKS) or not path.is_file():
+        raise InputError(
+            f"--task {printable(task)}: expected {', '.join(TASKS)} or the path of a script, found no such file"
+        )
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None, "a name that ends with .py has a loader"
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    # pydantic looks a model's annotations up by the name of its module.
+    sys.modules[path.stem] = script
+    spec.loader.exec_module(script)
+    if not hasattr(script, "to_conversation"):
+        raise InputError(f"--task {printable(task)}: expected a script with a function to_conversation, found none")
+    return script
 
 
 def load_processor(name: str, num_crops: int) -> tuple[Any, list[str]]:
@@ -112,8 +148,14 @@ def load_processor(name: str, num_crops: int) -> tuple[Any, list[str]]:
 
 
 def check_folder(
-    folder: Path, processor: Any, images: str = "decode", max_length: int | None = None, everything: bool = True
-) -> tuple[list[Fault], list[str], dict[str, Figures]]:
+    folder: Path,
+    processor: Any,
+    images: str = "decode",
+    max_length: int | None = None,
+    everything: bool = True,
+    to_conversation: Callable[[Any], Any] | None = None,
+    only: Sequence[str] | None = None,
+) -> tuple[list[Fault], list[str], dict[str, SplitFigures]]:
     """Checks all files of a folder, a batch of samples at a time.
 
     Args:
@@ -122,6 +164,8 @@ def check_folder(
         images (str): "decode" reads every image to its end, "headers" its size alone, "paths" looks whether it is there.
         max_length (int, optional): longest sample allowed, in tokens.
         everything (bool): goes on after the first batch with a fault.
+        to_conversation (Callable, optional): a script's own, for rows of its task.
+        only (Sequence[str], optional): names of the splits to check; by default all.
 
     Returns:
         tuple: faults in the order of files and lines, remarks, and the figures of each split over its good samples.
@@ -131,27 +175,33 @@ def check_folder(
     """
     files = find_files(folder)
     control = control_tokens(processor.tokenizer) if processor.tokenizer else CONTROL_TOKENS
-    faults, remarks, splits, ids, pictures, uses, native = [], [], {}, {}, {}, [], False
-    items = iter(tqdm(read_samples(files), unit=" samples", leave=False, disable=None))
+    faults: list[Fault] = []
+    remarks: list[str] = []
+    splits: dict[str, SplitFigures] = {}
+    ids: dict[tuple[str, str], str] = {}
+    pictures: dict[str, ImageFigures] = {}
+    uses: list[tuple] = []
+    native = False
+    items = iter(tqdm(read_samples(files, to_conversation, only), unit=" samples", leave=False, disable=None))
     with ThreadPool(len(os.sched_getaffinity(0))) as pool:
         while batch := list(islice(items, BATCH)):
             for fault in (item for item in batch if isinstance(item, Fault)):
                 faults.append(fault)
                 if (split := split_of(Path(fault.file))) in SPLITS:  # a split with faults alone is there as well
-                    splits.setdefault(split, Figures())
-            batch, good = [item for item in batch if isinstance(item, Sample)], []
-            new = {image_name(source): source for sample in batch for source in sample.conversation.images}
-            new = {name: source for name, source in new.items() if name not in pictures}
-            found = pool.map(lambda source: inspect_image(source, images, processor.image_processor), new.values())
-            pictures.update(zip(new, found, strict=True))
-            for sample in batch:
+                    splits.setdefault(split, SplitFigures())
+            samples, good = [item for item in batch if isinstance(item, Sample)], []
+            new = {name: source for sample in samples for name, source in sample.images.items() if name not in pictures}
+            inspected = pool.map(lambda source: inspect_image(source, images, processor.image_processor), new.values())
+            pictures.update(zip(new, inspected, strict=True))
+            for sample in samples:
                 found, here = check_sample(sample, control, pictures), f"{sample.file.name}:{sample.line}"
                 first = ids.setdefault((sample.split, sample.conversation.id), here)
                 if first != here:
-                    found.append(sample.fault(f"expected an id of its own, found that of {first}"))
+                    found.append(sample.fault(f"id: expected an id of its own, found that of {first}"))
                 faults += found
-                good += [] if found else [sample]
-                splits.setdefault(sample.split, Figures()).files.add(sample.file)
+                if not found:
+                    good.append(sample)
+                splits.setdefault(sample.split, SplitFigures()).files.add(sample.file)
                 # A tuple of texts alone, as millions of them may stay.
                 uses.append((sample.split, str(sample.file), sample.line, sample.conversation.id, *sample.image_names))
                 native = native or sample.native
@@ -160,36 +210,45 @@ def check_folder(
                 break
         else:
             faults += find_leaks(uses, pictures, pool)
-            found = check_splits(folder, files, splits)
-            faults, remarks = (faults + found, []) if native else (faults, [str(fault) for fault in found])
+            if only is None:
+                unread = check_splits(folder, files, splits)
+            else:
+                unread = [
+                    Fault(str(folder), None, f"expected the split {name}, found none")
+                    for name in only
+                    if name not in splits
+                ]
+            faults, remarks = (faults + unread, []) if native else (faults, [str(fault) for fault in unread])
     order = {str(path): number for number, path in enumerate(files)}
     return sorted(faults, key=lambda fault: (order.get(fault.file, -1), fault.line or 0)), remarks, splits
 
 
-def inspect_image(source: str | dict[str, Any], images: str, image_processor: Phi3VImageProcessor) -> Picture:
+def inspect_image(source: str | dict[str, Any], images: str, image_processor: Phi3VImageProcessor) -> ImageFigures:
     """Size, crops and tokens of an image, or what is wrong with it; `images` as in `check_folder`."""
     try:
         size = len(source["bytes"]) if isinstance(source, dict) else None
-        if isinstance(source, str) and os.path.isfile(source):
+        if isinstance(source, str | os.PathLike) and os.path.isfile(source):
             size = os.path.getsize(source)
         if images == "paths" and size is not None:
-            return Picture()
-        if images == "decode":
-            [image] = load_images(Conversation("", [Turn("", [""], [source])]))
-            width, height = image.size
-        else:
-            width, height = image_size(source)
+            return ImageFigures()
+        width, height = load_image(source).size if images == "decode" else image_size(source)
     except InputError as error:
-        return Picture(fault=str(error).removeprefix("sample : "))
+        return ImageFigures(fault=str(error))
     crop = image_processor.crop_size
     width_padded, height_padded = padded_size(*hd_size(width, height, image_processor.num_crops, crop), crop)
     tokens = image_processor.calc_num_image_tokens_from_image_size(width, height)
-    return Picture(size, 1 + width_padded * height_padded // crop**2, tokens)
+    return ImageFigures(size, 1 + width_padded * height_padded // crop**2, tokens)
 
 
-def check_sample(sample: Sample, control: Sequence[str], pictures: dict[str, Picture]) -> list[Fault]:
+def check_sample(sample: Sample, control: Sequence[str], pictures: dict[str, ImageFigures]) -> list[Fault]:
     """Faults of one sample: its texts and tags, and each of its images."""
-    faults = [sample.fault(pictures[name].fault) for name in dict.fromkeys(sample.image_names) if pictures[name].fault]
+    faults, seen = [], set()
+    for number, turn in enumerate(sample.conversation.turns, 1):
+        for index, name in enumerate(map(image_name, turn.images)):
+            if (fault := pictures[name].fault) and name not in seen:
+                seen.add(name)
+                place = f"sample {printable(sample.conversation.id)}, turn {number}: images[{index}]"
+                faults.append(Fault(str(sample.file), sample.line, f"{place}: {fault}"))
     try:
         check_conversation(sample.conversation, control)
     except InputError as error:
@@ -199,62 +258,40 @@ def check_sample(sample: Sample, control: Sequence[str], pictures: dict[str, Pic
 
 def count_batch(
     samples: list[Sample],
-    splits: dict[str, Figures],
+    splits: dict[str, SplitFigures],
     processor: Any,
-    pictures: dict[str, Picture],
+    pictures: dict[str, ImageFigures],
     max_length: int | None,
 ) -> list[Fault]:
-    """Adds samples to the figures of their splits; returns a fault for each one over `max_length` tokens.
-
-    Lengths are those of `conversation.count_tokens`, but of all texts at once, and each image is opened once.
-    """
-    faults, lengths = [], [0] * len(samples)
-    answers = [turn.answers for sample in samples for turn in sample.conversation.turns]
-    several = [answer for choice in answers if len(choice) > 1 for answer in choice]
-    answer_lengths = dict(zip(several, _count_tokens(several, processor.tokenizer), strict=True))
-    messages = []
-    for sample in samples:
-        longest = [
-            max(turn.answers, key=lambda text: answer_lengths.get(text, 0)) for turn in sample.conversation.turns
-        ]
-        messages.append(to_messages(sample.conversation, longest))
-    if processor.tokenizer and samples:
-        chunks = [IMAGE_TAG.split(text)[::2] for text in processor.apply_chat_template(messages)]
-        counts = iter(_count_tokens([text for row in chunks for text in row], processor.tokenizer))
-        lengths = [sum(next(counts) for _ in row) + 1 for row in chunks]  # and <|endoftext|>
-    for sample, turns, length in zip(samples, messages, lengths, strict=True):
+    """Adds samples to the figures of their splits; returns a fault for each one over `max_length` tokens."""
+    faults = []
+    conversations = [sample.conversation for sample in samples]
+    image_tokens = [[pictures[name].tokens for name in sample.image_names] for sample in samples]
+    lengths = [0] * len(samples)
+    if processor.tokenizer:
+        lengths = conversation_lengths(conversations, image_tokens, processor)
+    for sample, length, tokens in zip(samples, lengths, image_tokens, strict=True):
         names, figures = sample.image_names, splits[sample.split]
-        tags = find_tags("\n".join(message["content"] for message in turns), len(names))
-        shown = [pictures[names[number - 1]] for number in tags]
+        turns = to_messages(sample.conversation, [turn.answers[0] for turn in sample.conversation.turns])
+        # A picture may be shown more than once.
+        shown = [number - 1 for number in find_tags("\n".join(turn["content"] for turn in turns), len(names))]
         figures.turns += len(sample.conversation.turns)
         figures.images.append(len(names))
-        figures.crops.append(sum(picture.crops for picture in shown))
-        figures.image_tokens.append(sum(picture.tokens for picture in shown))
-        figures.tokens.append(length + figures.image_tokens[-1])
+        figures.crops.append(sum(pictures[names[index]].crops for index in shown))
+        figures.image_tokens.append(sum(tokens[index] for index in shown))
+        figures.tokens.append(length if processor.tokenizer else figures.image_tokens[-1])
         if max_length is not None and figures.tokens[-1] > max_length:
             cure = "lower --num_crops, raise --max_length or leave the sample out"
             faults.append(sample.fault(f"expected at most {max_length} tokens, found {figures.tokens[-1]}; {cure}"))
     return faults
 
 
-def _count_tokens(texts: list[str], tokenizer: Any) -> list[int]:
-    """Tokens of each text, BOS included; without a tokenizer their characters."""
-    if tokenizer is None:
-        return [len(text) for text in texts]
-    # Three times as fast as tokenizer(), which makes masks and copies of all ids; prompts and classes come again and again.
-    tokenizer.backend_tokenizer.no_padding()
-    tokenizer.backend_tokenizer.no_truncation()
-    unique = list(dict.fromkeys(texts))
-    lengths = dict(zip(unique, map(len, tokenizer.backend_tokenizer.encode_batch_fast(unique)), strict=True))
-    return [lengths[text] for text in texts]
-
-
-def find_leaks(uses: list[tuple], pictures: dict[str, Picture], pool: ThreadPool) -> list[Fault]:
+def find_leaks(uses: list[tuple], pictures: dict[str, ImageFigures], pool: ThreadPool) -> list[Fault]:
     """Faults of the samples outside train with an image of train: the same path or the same bytes.
 
     Args:
         uses (list[tuple]): split, file, line, id and names of the images of each sample.
-        pictures (dict[str, Picture]): those of unknown size in bytes are compared by path alone.
+        pictures (dict[str, ImageFigures]): those of unknown size in bytes are compared by path alone.
         pool (ThreadPool): reads files.
     """
     train = {
@@ -275,7 +312,7 @@ def find_leaks(uses: list[tuple], pictures: dict[str, Picture], pool: ThreadPool
         if leaked:
             twin = origin[content.get(leaked[0], leaked[0])]
             same = "" if twin == leaked[0] else f" as {twin}"
-            message = f"sample {sample}: expected images that train does not hold, found {leaked[0]}, in train{same}, "
+            message = f"sample {printable(sample)}: expected images that train does not hold, found {leaked[0]}, in train{same}, "
             faults.append(Fault(file, line, f"{message}{train[twin]} ({len(leaked)} of {len(names)} images)"))
     return faults
 
@@ -288,8 +325,8 @@ def _digest(name: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check_splits(folder: Path, files: list[Path], splits: dict[str, Figures]) -> list[Fault]:
-    """What `rows.read_splits` would refuse, or leave unread without a word."""
+def check_splits(folder: Path, files: list[Path], splits: dict[str, SplitFigures]) -> list[Fault]:
+    """What `reading.read_splits` would refuse, or leave unread without a word."""
     faults = []
     rows = [path.name for path in files if path.name.startswith("rows")]
     if rows and len(rows) < len(files):
@@ -309,7 +346,7 @@ def check_splits(folder: Path, files: list[Path], splits: dict[str, Figures]) ->
     return [Fault(str(folder), None, fault) for fault in faults]
 
 
-def summarise(figures: Figures, max_length: int | None, texts: bool, images: bool) -> dict[str, Any]:
+def summarise(figures: SplitFigures, max_length: int | None, texts: bool, images: bool) -> dict[str, Any]:
     """Figures of a split by name; None for what was not counted, which `texts` and `images` say."""
     over = None if max_length is None else sum(length > max_length for length in figures.tokens)
     return {
@@ -335,7 +372,7 @@ def _spread(values: list[int], names: tuple[str, ...]) -> dict[str, float | None
 
 def format_table(summaries: dict[str, dict[str, Any]]) -> str:
     """The figures as a table with a column for each split, without what was not counted."""
-    columns = []
+    columns: list[dict[str, Any]] = []
     for summary in summaries.values():
         columns.append({})
         for key, value in summary.items():
@@ -359,8 +396,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = _Parser(prog="python -m finetuning.validate", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("data_dir", type=Path, help="folder with jsonl files, or with json files that hold a list")
-    crops = {"type": int, "choices": range(1, MAX_NUM_CROPS + 1), "metavar": "N"}
-    add("--num_crops", default=16, **crops, help="most crops of an image, as in training: 16, the default; 4 for video")
+    task = f"rows of a task's own form: {', '.join(TASKS)}, or the path of a script of your own"
+    add("--task", help=task)
+    only = "check only these splits, such as the two that training reads (default: all files)"
+    add("--splits", nargs="+", metavar="NAME", help=only)
+    crops = "most crops of an image, as in training (default: 16, or what the script of --task takes)"
+    add("--num_crops", type=int, choices=range(1, MAX_NUM_CROPS + 1), metavar="N", help=crops)
+    pixels = f"largest image that is opened, in pixels, as in training (default {MAX_IMAGE_PIXELS:,})"
+    add("--max_image_pixels", type=int, default=MAX_IMAGE_PIXELS, help=pixels)
     add("--max_length", type=int, help="longest sample allowed, in tokens (default: what the model can take)")
     add("--model_name_or_path", default="microsoft/Phi-3.5-vision-instruct", help="model whose tokenizer counts")
     modes = "read every image to its end (default), its size alone, or only look whether the file is there"
@@ -368,7 +411,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--all", action="store_true", help="list all faults, not only the first")
     add("--json", action="store_true", help="print JSON instead of a table")
     add("--convert", type=Path, metavar="OUT", help="write a clean folder in the native form to the new folder OUT")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for name in ("max_length", "max_image_pixels"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise InputError(f"--{name} {value}: expected at least 1 {'token' if name == 'max_length' else 'pixel'}")
+    if args.convert and args.task:
+        raise InputError("--convert and --task: expected one of them; scripts read the rows of their task as they are")
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -376,14 +425,18 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = parse_args(argv)
         if not args.data_dir.is_dir():
-            raise InputError(f"{args.data_dir}: expected a folder, found no such folder")
-        if args.max_length is not None and args.max_length < 1:
-            raise InputError(f"--max_length {args.max_length}: expected at least 1 token")
+            raise InputError(f"{printable(str(args.data_dir))}: expected a folder, found no such folder")
         if args.convert:
             refuse_existing(args.convert)
-        processor, remarks = load_processor(args.model_name_or_path, args.num_crops)
+        script = load_script(args.task) if args.task else None
+        num_crops = args.num_crops or getattr(script, "NUM_CROPS", 16)
+        limit_pixels(args.max_image_pixels)
+        processor, remarks = load_processor(args.model_name_or_path, num_crops)
         max_length = args.max_length or getattr(processor.tokenizer, "model_max_length", None)
-        faults, more, splits = check_folder(args.data_dir, processor, args.images, max_length, args.all)
+        to_conversation = getattr(script, "to_conversation", None)
+        faults, more, splits = check_folder(
+            args.data_dir, processor, args.images, max_length, args.all, to_conversation, args.splits
+        )
         remarks += more
         if args.images == "paths":
             remarks.append("--images paths: no image was opened; crops and image tokens are not counted")
@@ -402,18 +455,16 @@ def main(argv: list[str] | None = None) -> int:
     names = sorted(splits, key=lambda split: split != "train") if complete else []
     summaries = {name: summarise(splits[name], max_length, *counted) for name in names}
     if args.json:
-        report = {"data_dir": str(args.data_dir), "num_crops": args.num_crops, "max_length": max_length}
+        report = {"data_dir": str(args.data_dir), "num_crops": num_crops, "max_length": max_length}
         report |= {"complete": complete, "faults": [asdict(fault) for fault in faults], "remarks": remarks}
         print(json.dumps({**report, "splits": summaries}, ensure_ascii=False))
         return 2 if faults else 0
     print(*faults, *(f"remark: {remark}" for remark in remarks), sep="\n", end="\n" if faults or remarks else "")
     if summaries:
         print(format_table(summaries))
-    limit = (
-        f"num_crops {args.num_crops}, max length {max_length:,} tokens" if max_length else f"num_crops {args.num_crops}"
-    )
+    limit = f"num_crops {num_crops}, max length {max_length:,} tokens" if max_length else f"num_crops {num_crops}"
     found = f"{len(faults)} fault(s)" if complete else "stopped at the first fault, --all lists all"
-    print(f"{args.data_dir}: {found if faults else 'clean'} ({limit})")
+    print(f"{printable(str(args.data_dir))}: {found if faults else 'clean'} ({limit})")
     return 2 if faults else 0
 
 

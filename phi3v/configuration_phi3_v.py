@@ -2,7 +2,6 @@
 
 from huggingface_hub.dataclasses import strict
 from transformers import CLIPVisionConfig, Phi3Config, PreTrainedConfig
-from transformers.configuration_utils import SubConfigSpec
 
 # CLIP ViT-L/14 at 336 pixels, the only vision tower the official models were released with.
 # Source: https://huggingface.co/openai/clip-vit-large-patch14-336 (config.json, vision_config)
@@ -39,7 +38,9 @@ class Phi3VConfig(Phi3Config):
     """
 
     model_type = "phi3_v"
-    sub_configs_defaults = {"vision_config": SubConfigSpec(CLIPVisionConfig)}
+    # One and the same: transformers before 5.20 looks for the second name, later ones for the first.
+    sub_configs_defaults = {"vision_config": CLIPVisionConfig}
+    sub_configs = {"vision_config": CLIPVisionConfig}
 
     max_position_embeddings: int = 131072
     # `<s>` and `</s>`; what ends an answer is `stop_token_ids`. Null in some copies of the official file.

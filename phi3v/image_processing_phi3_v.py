@@ -1,11 +1,16 @@
 """Phi3VImageProcessor: the HD transform, which turns an image of any size into 336 x 336 crops, without torchvision."""
 
+import base64
+import binascii
+import io
 import math
 from numbers import Integral
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers.image_processing_base import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
@@ -14,6 +19,9 @@ from transformers.utils import TensorType
 WHITE = (255, 255, 255)
 # A page at num_crops 16 gives 17 crops. The official processor takes any number; both models were trained up to 16.
 MAX_NUM_CROPS = 16
+
+# Pillow would hand other formats to external programs (EPS), or reads them by code that hardly anyone tests.
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
 
 def hd_size(width: int, height: int, num_crops: int, crop_size: int = 336) -> tuple[int, int]:
@@ -66,17 +74,69 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def to_pil(image) -> Image.Image:
-    """An RGB PIL image of a PIL image, NumPy array or torch tensor.
+def open_image(source: str | Path) -> Image.Image:
+    """Reads an image and turns it upright by its EXIF orientation, as viewers show it.
 
     Args:
-        image: a PIL image, or an array / tensor of shape (H, W), (H, W, C) or (C, H, W) with C = 1, 3 or 4; integers
-            are 0..255, floating point numbers 0..1.
+        source (str | Path): a path, a `file://` reference, or the bytes in base64, bare or as a `data:` URI.
+
+    Raises:
+        ValueError: if there is no such file, if it holds no whole image of one of `IMAGE_FORMATS`, or if it lies elsewhere
+            on a network: nothing is fetched.
+    """
+    name = repr(str(source)[:80])
+    try:
+        with Image.open(_locate(source), formats=IMAGE_FORMATS) as image:
+            return ImageOps.exif_transpose(image)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = "no such file" if isinstance(error, FileNotFoundError) else str(error)[:200]
+        raise ValueError(
+            f"image {name}: expected a path, file:// reference or base64 of a {', '.join(IMAGE_FORMATS)} image, found: {reason}"
+        ) from None
+
+
+def _locate(source: str | Path) -> Path | io.BytesIO:
+    if isinstance(source, Path):
+        return source
+    scheme = source.partition(":")[0].lower()
+    if scheme in ("http", "https"):
+        raise ValueError("an address on a network, from which nothing is fetched; download it first")
+    if scheme == "file":
+        reference = urlsplit(source)
+        if reference.netloc not in ("", "localhost"):
+            raise ValueError(f"a file of another machine, {reference.netloc}")
+        return Path(unquote(reference.path))
+    if scheme == "data":
+        source = source.partition(",")[2]
+    else:
+        # Longer than any path: the operating system would refuse to look.
+        if len(source) < 4096 and Path(source).exists():
+            return Path(source)
+        # A word that happens to be base64 is no image of some 20 bytes at least; what was meant is a file.
+        if len(source) < 64:
+            raise FileNotFoundError
+    try:
+        # Broken into lines by some encoders.
+        return io.BytesIO(base64.b64decode("".join(source.split()), validate=True))
+    except binascii.Error:
+        if scheme == "data":
+            raise
+        raise FileNotFoundError from None
+
+
+def to_pil(image) -> Image.Image:
+    """An RGB PIL image of a PIL image, NumPy array, torch tensor or file.
+
+    Args:
+        image: a PIL image; an array / tensor of shape (H, W), (H, W, C) or (C, H, W) with C = 1, 3 or 4, integers from
+            0 to 255 or floating point numbers from 0 to 1; or what `open_image` reads.
 
     Raises:
         TypeError: if it is something else.
-        ValueError: if the shape or the range of the values does not fit, or if a side has 0 pixels.
+        ValueError: if the shape or the range of the values does not fit, if a side has 0 pixels, or if a file cannot be read.
     """
+    if isinstance(image, (str, Path)):
+        image = open_image(image)
     if not isinstance(image, Image.Image):
         image = _array_to_pil(image)
     if not all(image.size):
@@ -89,7 +149,7 @@ def _array_to_pil(image) -> Image.Image:
         image = image.detach().cpu()
         image = (image.float() if image.dtype == torch.bfloat16 else image).numpy()
     if not isinstance(image, np.ndarray):
-        raise TypeError(f"expected a PIL image, NumPy array or torch tensor, found {type(image).__name__}")
+        raise TypeError(f"expected a PIL image, NumPy array, torch tensor or path, found {type(image).__name__}")
     if image.ndim == 3 and image.shape[0] in (1, 3, 4) and image.shape[-1] not in (1, 3, 4):
         image = image.transpose(1, 2, 0)
     if not (image.ndim == 2 or (image.ndim == 3 and image.shape[-1] in (1, 3, 4))):
@@ -161,7 +221,7 @@ class Phi3VImageProcessor(BaseImageProcessor):
         """The HD image: resized (bilinear, antialiased) and padded with white above and below, or left and right.
 
         Args:
-            image: PIL image, NumPy array or torch tensor, see `to_pil`.
+            image: PIL image, NumPy array, torch tensor or file, see `to_pil`.
             num_crops (int, optional): most crops, instead of the processor's own.
 
         Returns:
@@ -193,7 +253,7 @@ class Phi3VImageProcessor(BaseImageProcessor):
         """Preprocesses one image or any nesting of lists of images.
 
         Args:
-            images: PIL images, NumPy arrays or torch tensors, see `to_pil`.
+            images: PIL images, NumPy arrays, torch tensors or files, see `to_pil`.
             num_crops (int, optional): most HD crops of an image, instead of the processor's own.
             return_tensors (str, optional): "pt" (the default) or "np".
 
@@ -223,6 +283,17 @@ class Phi3VImageProcessor(BaseImageProcessor):
         if return_tensors is not None and TensorType(return_tensors) == TensorType.NUMPY:
             data = {key: np.asarray(value) for key, value in data.items()}
         return BatchFeature(data)
+
+    def pad_crops(
+        self, pixel_values: torch.Tensor, image_sizes: torch.Tensor, num_crops: int | None = None
+    ) -> torch.Tensor:
+        """The official layout: (total crops, 3, S, S) -> (images, num_crops + 1, 3, S, S), filled up with zeros."""
+        counts = [1 + height * width // self.crop_size**2 for height, width in image_sizes.tolist()]
+        most = 1 + self._settle_num_crops(num_crops)
+        padded = pixel_values.new_zeros(len(counts), most, *pixel_values.shape[1:])
+        for image, crops in zip(padded, pixel_values.split(counts), strict=True):
+            image[: len(crops)] = crops
+        return padded
 
     def _crop(self, image: np.ndarray, crops: torch.Tensor) -> None:
         """Fills `crops` (1 + rows * columns, 3, S, S) with the global view and the crops of an HD image (H, W, 3)."""

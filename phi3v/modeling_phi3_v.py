@@ -6,22 +6,14 @@ B rows, N tokens, C crops over the whole batch, S pixels a crop side, T image to
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface, GenerationMixin
 from transformers import initialization as init
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.clip.modeling_clip import CLIPVisionModel
-from transformers.models.phi3.modeling_phi3 import (
-    Phi3MLP,
-    Phi3Model,
-    Phi3PreTrainedModel,
-    Phi3RMSNorm,
-    Phi3RotaryEmbedding,
-)
+from transformers.models.phi3.modeling_phi3 import Phi3Model, Phi3PreTrainedModel, Phi3RotaryEmbedding
 from transformers.utils import can_return_tuple
 
 from .configuration_phi3_v import Phi3VConfig
@@ -48,40 +40,11 @@ AttentionInterface.register(SDPA_PACKED, sdpa_packed)
 AttentionMaskInterface.register(SDPA_PACKED, sdpa_mask)
 
 
-def _recomputed(function, *inputs):
-    """`function(*inputs)`, elementwise, of which only the inputs are kept for the backward pass.
-
-    Computing it again costs next to nothing beside the matrix products, and what it would keep, some of it in float32, is a
-    third of a layer's activations.
-    """
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return function(*inputs)  # a compiler makes its own choice of what to keep
-    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
-
-
-class Phi3VRMSNorm(Phi3RMSNorm):
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return _recomputed(super().forward, hidden_states)
-
-
-class Phi3VMLP(Phi3MLP):
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(_recomputed(self._swiglu, self.gate_up_proj(hidden_states)))
-
-    def _swiglu(self, gate_up: torch.Tensor) -> torch.Tensor:
-        gate, up = gate_up.chunk(2, dim=-1)
-        return up * self.activation_fn(gate)
-
-
-class Phi3VVisionActivation(nn.Module):
-    """CLIP's activation function."""
-
-    def __init__(self, function: nn.Module):
-        super().__init__()
-        self.function = function
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return _recomputed(self.function, hidden_states)
+def _keep_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor | None) -> torch.Tensor:
+    """(B, N, hidden_size) -> the last `logits_to_keep` positions, all for 0 or None; or those at the indices of a 1-D tensor."""
+    if isinstance(logits_to_keep, torch.Tensor):
+        return hidden_states[:, logits_to_keep]
+    return hidden_states[:, -(logits_to_keep or 0) :]
 
 
 class Phi3VRotaryEmbedding(nn.Module):
@@ -132,8 +95,6 @@ class Phi3VVisionTower(nn.Module):
     def __init__(self, config: Phi3VConfig):
         super().__init__()
         self.vision_model = CLIPVisionModel(config.vision_config)
-        for layer in self.vision_model.encoder.layers:
-            layer.mlp.activation_fn = Phi3VVisionActivation(layer.mlp.activation_fn)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Patch features of the last layer but one, without the class token: (C, 3, S, S) -> (C, patches, width).
@@ -287,11 +248,6 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
     def __init__(self, config: Phi3VConfig):
         super().__init__(config)
         self.rotary_emb = Phi3VRotaryEmbedding(config)
-        self.norm = Phi3VRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        for layer in self.layers:
-            layer.mlp = Phi3VMLP(config)
-            layer.input_layernorm = Phi3VRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-            layer.post_attention_layernorm = Phi3VRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.vision_embed_tokens = Phi3VImageEmbedding(config)
         self.post_init()
 
@@ -390,6 +346,7 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor | None = None,
         num_items_in_batch: int | torch.Tensor | None = None,
+        label_smoothing: float = 0.0,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Runs the model.
@@ -404,10 +361,11 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
             image_sizes (torch.LongTensor, optional): (images, 2), height and width of each HD image in pixels.
             labels (torch.LongTensor, optional): (B, N), the input_ids to learn, -100 elsewhere; shifted inside.
             logits_to_keep (int | torch.Tensor, optional): 0 for logits at all positions (the default without labels), n
-                for the last n. With labels and without this, logits are computed only where a label is, and not
-                returned.
+                for the last n, a 1-D tensor for those positions. With labels and without this, logits are computed only
+                where a label is, and not returned.
             num_items_in_batch (int | torch.Tensor, optional): number of labels in the whole effective batch; the loss is
                 then the sum over this many instead of the mean.
+            label_smoothing (float): share of the target that is spread evenly over the vocabulary, 0 to 1.
 
         Returns:
             CausalLMOutputWithPast: loss, float32, 0 if there is no label at all; logits (B, positions, V); the cache.
@@ -434,9 +392,9 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         hidden_states = outputs.last_hidden_state
         loss = logits = None
         if labels is not None:
-            loss = self._loss(hidden_states, labels, num_items_in_batch)
+            loss = self._loss(hidden_states, labels, num_items_in_batch, label_smoothing)
         if labels is None or logits_to_keep is not None:
-            logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep or 0))
+            logits = self.lm_head(_keep_positions(hidden_states, logits_to_keep))
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -445,12 +403,12 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
-    def _loss(self, hidden_states, labels, num_items_in_batch) -> torch.Tensor:
+    def _loss(self, hidden_states, labels, num_items_in_batch, label_smoothing) -> torch.Tensor:
         targets = labels[:, 1:].to(hidden_states.device)
         is_target = targets != IGNORE_INDEX
         targets = targets[is_target]
         logits = self.lm_head(hidden_states[:, :-1][is_target]).float()  # (labels, V)
-        loss = nn.functional.cross_entropy(logits, targets, reduction="sum")
+        loss = nn.functional.cross_entropy(logits, targets, reduction="sum", label_smoothing=label_smoothing)
         if num_items_in_batch is None:
             num_items_in_batch = max(1, len(targets))
         elif isinstance(num_items_in_batch, torch.Tensor):

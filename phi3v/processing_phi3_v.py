@@ -1,7 +1,7 @@
 """Phi3VProcessor: numbered image tags -> image tokens, chat template, batches."""
 
 import re
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 
 from transformers.image_processing_base import BatchFeature
@@ -13,27 +13,40 @@ from .image_processing_phi3_v import take_images
 IMAGE_TAG = re.compile(r"<\|image_(\d+)\|>")
 IMAGE_TOKEN = "<|image|>"
 
+# Tag N stands at index N - 1. As many as fit into the model's 131,072 positions, at 313 image tokens at least, and to spare.
+IMAGE_TAGS = [f"<|image_{number}|>" for number in range(1, 1001)]
+
 # The official template takes strings only; this one gives the same text for them and also takes content parts:
-# {"type": "image"} becomes the next numbered tag.
+# {"type": "image"} becomes the next numbered tag. What stands between the generation marks is the assistant's own, for
+# `return_assistant_tokens_mask`; the marks render nothing.
 CHAT_TEMPLATE = """\
 {%- set images = namespace(count=0) -%}
-{%- for message in messages -%}
-{{ '<|' + message['role'] + '|>\\n' }}
-{%- if message['content'] is string -%}
-{{ message['content'] }}
+{%- macro render(content) -%}
+{%- if content is string -%}
+{{ content }}
 {%- else -%}
-{%- for part in message['content'] -%}
-{%- if part['type'] == 'image' -%}
+{%- for part in content -%}
+{%- if part['type'] == 'image' or part['type'] == 'image_url' -%}
 {%- set images.count = images.count + 1 -%}
 {{ '<|image_' + images.count | string + '|>\\n' }}
 {%- elif part['type'] == 'text' -%}
 {{ part['text'] }}
 {%- else -%}
-{{ raise_exception("content part of type '" + part['type'] + "': expected 'text' or 'image'") }}
+{{ raise_exception("content part of type '" + part['type'] + "': expected 'text', 'image' or 'image_url'") }}
 {%- endif -%}
 {%- endfor -%}
 {%- endif -%}
-{{ '<|end|>\\n' }}
+{%- endmacro -%}
+{%- for message in messages -%}
+{{ '<|' + message['role'] + '|>\\n' }}
+{%- if message['role'] == 'assistant' -%}
+{%- generation -%}
+{{ render(message['content']) + '<|end|>' }}
+{%- endgeneration -%}
+{%- else -%}
+{{ render(message['content']) + '<|end|>' }}
+{%- endif -%}
+{{ '\\n' }}
 {%- endfor -%}
 {%- if add_generation_prompt and messages[-1]['role'] != 'assistant' -%}
 {{ '<|assistant|>\\n' }}
@@ -93,14 +106,26 @@ class Phi3VProcessor(ProcessorMixin):
         Raises:
             ValueError: if tags and images do not match.
         """
-        num_image_tokens = num_image_tokens or []
+        return self._encode(text, num_image_tokens or [])[0]
+
+    def _encode(self, text: str, num_image_tokens: list[int]) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids as of `tokenize`, and for each its first character in `text` and the one after its last.
+
+        BOS and image tokens have no character of their own: their span is empty.
+        """
         numbers = find_tags(text, len(num_image_tokens))
-        chunks = IMAGE_TAG.split(text)[::2]
-        ids = list(self.tokenizer(chunks[0]).input_ids)
-        for number, chunk in zip(numbers, chunks[1:], strict=True):
-            ids += [self.image_token_id] * num_image_tokens[number - 1]
-            ids += self.tokenizer(chunk).input_ids
-        return ids
+        tags = [tag.span() for tag in IMAGE_TAG.finditer(text)]
+        ids, spans = [], []
+        for image, (start, end) in enumerate(pairwise([0, *chain(*tags), len(text)])):
+            if image % 2:  # a tag
+                count = num_image_tokens[numbers[image // 2] - 1]
+                ids += [self.image_token_id] * count
+                spans += [(start, start)] * count
+            else:
+                chunk = self.tokenizer(text[start:end], return_offsets_mapping=True)
+                ids += chunk.input_ids
+                spans += [(start + first, start + last) for first, last in chunk.offset_mapping]
+        return ids, spans
 
     def __call__(
         self,
@@ -113,19 +138,40 @@ class Phi3VProcessor(ProcessorMixin):
         return_tensors: str | TensorType | None = TensorType.PYTORCH,
         videos=None,
         audio=None,
+        *,
+        pad_to_multiple_of: int | None = None,
+        truncation: bool | str | None = None,
+        add_special_tokens: bool = True,
+        return_attention_mask: bool = True,
+        return_offsets_mapping: bool = False,
+        return_text_replacement_offsets: bool = False,
+        pad_crops: bool = False,
     ) -> BatchFeature:
         """Prepares one text or a list of texts, with their images.
 
         Args:
             text (str | list[str]): texts with image tags `<|image_1|>`, `<|image_2|>`, ..., numbered from 1 in each text.
             images (optional): for one text an image or a list of images; for a list of texts a list with a list of
-                images (empty or None where there is none) for each text. A flat list is dealt out by the tags.
+                images (empty or None where there is none) for each text. A flat list is dealt out by the tags. An image
+                is whatever `to_pil` takes: PIL images, arrays, paths, data URIs.
             padding (bool | str): as in tokenizers: False, True or "longest", "max_length".
             padding_side (str, optional): "left" (for generation) or "right"; by default the tokenizer's own.
-            max_length (int, optional): in tokens, only for padding="max_length". Nothing is ever cut.
+            max_length (int, optional): in tokens, for padding="max_length" and `truncation`.
             num_crops (int, optional): most HD crops of an image, instead of the image processor's own.
             return_tensors (str, optional): "pt" (the default), "np" or None for lists.
             videos, audio: must be None; apply_chat_template(tokenize=True) passes them.
+            pad_to_multiple_of (int, optional): as in tokenizers, in tokens.
+            truncation (bool | str, optional): nothing is ever cut; where it is asked for, a text longer than `max_length`
+                is refused.
+            add_special_tokens (bool): taken, because others pass False for a text of the chat template; without effect,
+                because the model was trained with BOS there and no template writes it.
+            return_attention_mask (bool): False leaves attention_mask out.
+            return_offsets_mapping (bool): adds offset_mapping, for each row a list of a pair for each token: its first
+                character in the text and the one after its last, equal for BOS, image tokens and padding.
+            return_text_replacement_offsets (bool): taken, because apply_chat_template passes it; without effect, because
+                offsets refer to the text as it was given.
+            pad_crops (bool): pixel_values in the official layout, (images, num_crops + 1, 3, crop size, crop size), each
+                image filled up with zeros.
 
         Returns:
             BatchFeature: input_ids and attention_mask, int64, (batch, length); where there are images, pixel_values,
@@ -133,13 +179,16 @@ class Phi3VProcessor(ProcessorMixin):
             tags over the whole batch.
 
         Raises:
-            ValueError: if tags and images do not match, or if texts of unequal length are to become one tensor unpadded.
+            ValueError: if tags and images do not match, if texts of unequal length are to become one tensor unpadded, or
+                if a text would have to be cut.
         """
         if videos is not None or audio is not None:
             raise ValueError("videos and audio: expected none; give a video as a list of images, one for each frame")
         if not isinstance(text, (str, list, tuple)):
             raise TypeError(f"expected a text or a list of texts, found {type(text).__name__}")
         texts = [text] if isinstance(text, str) else list(text)
+        if not texts:
+            raise ValueError("found no text: expected at least one")
         nested = self._nest_images(texts, images, isinstance(text, str))
         order, starts = [], [0]
         for row_text, row_images in zip(texts, nested, strict=True):
@@ -150,24 +199,69 @@ class Phi3VProcessor(ProcessorMixin):
             # All at once: what is gathered from several calls is copied, and a page's crops are 23 MB.
             features = self.image_processor([image for row in nested for image in row], num_crops=num_crops)
         counts = [features["num_img_tokens"][start:end] for start, end in pairwise(starts)]
-        rows = [self.tokenize(*row) for row in zip(texts, counts, strict=True)]
-        if return_tensors is not None and padding is False and len({len(row) for row in rows}) > 1:
-            lengths = sorted(len(row) for row in rows)
+        rows, spans = zip(*(self._encode(*row) for row in zip(texts, counts, strict=True)), strict=True)
+        lengths = sorted(len(row) for row in rows)
+        if truncation not in (None, False, "do_not_truncate"):
+            limit = self.tokenizer.model_max_length if max_length is None else max_length
+            if lengths[-1] > limit:
+                raise ValueError(
+                    f"a text of {lengths[-1]} tokens: expected at most max_length {limit}, since nothing is cut, so that no "
+                    "image loses tokens; give a larger max_length, fewer num_crops or truncation=False"
+                )
+        if return_tensors is not None and padding is False and lengths[0] != lengths[-1]:
             raise ValueError(f"texts of {lengths[0]} to {lengths[-1]} tokens: expected padding=True to batch them")
         data = self.tokenizer.pad(
             {"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]},
             padding=padding,
             padding_side=padding_side,
-            max_length=max_length,
+            # Given to any other padding, the tokenizer would warn that it has no effect.
+            max_length=max_length if padding == "max_length" else None,
+            pad_to_multiple_of=pad_to_multiple_of,
             return_tensors=return_tensors,
         )
         data = dict(data)
+        if return_offsets_mapping:
+            side = padding_side or self.tokenizer.padding_side
+            data["offset_mapping"] = [
+                self._pad_spans(self._without_stripped_space(row, found), len(padded), len(row_text), side)
+                for row, found, padded, row_text in zip(rows, spans, data["input_ids"], texts, strict=True)
+            ]
+        if not return_attention_mask:
+            del data["attention_mask"]
         if order:
             pixels, image_sizes = take_images(features, order, self.image_processor.crop_size)
+            if pad_crops:
+                pixels = self.image_processor.pad_crops(pixels, image_sizes, num_crops)
             if return_tensors is not None and TensorType(return_tensors) == TensorType.NUMPY:
                 pixels, image_sizes = pixels.numpy(), image_sizes.numpy()
             data |= {"pixel_values": pixels, "image_sizes": image_sizes}
         return BatchFeature(data)
+
+    def _without_stripped_space(self, ids: list[int], spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Spans in which a token such as `<|assistant|>` does not count the white space that it swallows behind it.
+
+        Where an answer begins with a blank, `<|assistant|>` would be taken for a token of the answer.
+        """
+        widths = {key: len(token.content) for key, token in self.tokenizer.added_tokens_decoder.items() if token.rstrip}
+        return [
+            (start, min(end, start + widths[token])) if token in widths else (start, end)
+            for token, (start, end) in zip(ids, spans, strict=True)
+        ]
+
+    @staticmethod
+    def _pad_spans(spans: list[tuple[int, int]], length: int, end: int, side: str) -> list[tuple[int, int]]:
+        # At the end of the text, not at 0, where padding is on the right: readers search the spans as a sorted list.
+        missing = length - len(spans)
+        return [(0, 0)] * missing + spans if side == "left" else spans + [(end, end)] * missing
+
+    @property
+    def img_tokens(self) -> list[str]:
+        """Tags by image (same name as in the official processor); vLLM takes the first few."""
+        return IMAGE_TAGS
+
+    def calc_num_image_tokens_from_image_size(self, width: int, height: int, num_crops: int | None = None) -> int:
+        """Image tokens of a `width` x `height` image, see [`Phi3VImageProcessor.calc_num_image_tokens_from_image_size`]."""
+        return self.image_processor.calc_num_image_tokens_from_image_size(width, height, num_crops)
 
     @staticmethod
     def _nest_images(texts: list[str], images, single_text: bool) -> list[list]:

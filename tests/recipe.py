@@ -2,7 +2,11 @@
 
 import json
 import os
+import threading
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import tiny
 import torch
@@ -14,13 +18,14 @@ from transformers.integrations import unset_hf_deepspeed_config
 
 from finetuning.arguments import RecipeArguments, parse_args
 
+ROOT = Path(__file__).parents[1]
 # What torchrun sets, and what the arguments set in its place for one process.
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR")
 
 
 def own_process(tmp_path, monkeypatch):
     """Body of a fixture: what a test sets up for a run (ranks, environment) is gone in the next."""
-    monkeypatch.chdir(tmp_path)  # the default --output_dir is ./output/
+    monkeypatch.chdir(tmp_path)  # for --output_dir output
     saved, threads = dict(os.environ), torch.get_num_threads()
     # A second one only waits for the first in so small a model, and for other people's processes.
     torch.set_num_threads(1)
@@ -47,8 +52,49 @@ def model_folder(folder: Path, dtype: torch.dtype = torch.float32, **changes) ->
 
 
 def arguments(folder: Path, *flags: str) -> RecipeArguments:
-    """Arguments for the model in `folder`, with few crops and no progress bars."""
-    return parse_args(["--model_name_or_path", str(folder), "--num_crops", "2", "--no-tqdm", *flags])
+    """Arguments for the model in `folder`, with few crops and no progress bars; the output folder is output/."""
+    given = ["--model_name_or_path", str(folder), "--num_crops", "2", "--no-tqdm", "--output_dir", "output"]
+    return parse_args([*given, *flags])
+
+
+def on_ranks(monkeypatch, module: str, count: int, function: Callable[[int], Any]) -> list:
+    """What `function(rank)` returns or raises on each of `count` ranks, which are threads of this process.
+
+    In `module`, PartialState and gather_object are replaced by ones that know the thread's rank.
+    """
+    here, barrier, sent, outcomes = threading.local(), threading.Barrier(count, timeout=60), {}, [None] * count
+
+    def state(*_, **__):
+        return SimpleNamespace(
+            process_index=here.rank,
+            num_processes=count,
+            is_main_process=here.rank == 0,
+            wait_for_everyone=barrier.wait,
+        )
+
+    def gather(found: list) -> list:
+        sent[here.rank] = found
+        barrier.wait()
+        together = [item for rank in range(count) for item in sent[rank]]
+        barrier.wait()
+        return together
+
+    def run(rank: int):
+        here.rank = rank
+        try:
+            outcomes[rank] = function(rank)
+        except Exception as error:
+            outcomes[rank] = error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(f"{module}.PartialState", state)
+        patched.setattr(f"{module}.gather_object", gather)
+        threads = [threading.Thread(target=run, args=(rank,)) for rank in range(count)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    return outcomes
 
 
 def page(text: str, size: tuple[int, int] = (60, 40)) -> Image.Image:

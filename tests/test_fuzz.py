@@ -17,10 +17,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from convert_ucf101 import find_clips, list_archive
-from finetuning.data.conversation import Conversation, Turn, check_conversation, control_tokens, from_jsonl
+from finetuning.data.conversation import Conversation, Turn, check_conversation, control_tokens
 from finetuning.data.encoding import encode_conversation
 from finetuning.data.formats import Fault, Sample, read_samples
-from finetuning.data.reading import iterate_jsonl, resolve_images
+from finetuning.data.reading import iterate_rows, read_jsonl, resolve_images
+from finetuning.data.schemas import ConvertedRow, parse_row
 from finetuning.errors import InputError
 from finetuning.results.report import PAGE
 
@@ -78,9 +79,12 @@ def folder(tmp_path_factory) -> Path:
 def test_a_jsonl_file(folder, content):
     path = folder.parent / "rows.jsonl"
     path.write_bytes(content)
-    rows, refused = outcome(lambda: list(iterate_jsonl(path)))
+    rows, refused = outcome(lambda: read_jsonl(path))
+    faults = [row for _, row in iterate_rows(path) if isinstance(row, InputError)]
     if refused is None:
-        assert all(isinstance(row, dict) for _, row in rows)
+        assert not faults
+        assert all(isinstance(row, dict) for row in rows)
+        assert all(row.where.startswith(f"{path}:") for row in rows)
     else:
         assert str(path) in refused
         assert len(refused.splitlines()) == 1
@@ -115,8 +119,8 @@ def test_a_row_of_any_format(folder, row):
     (found,) = read_samples([path])
     assert isinstance(found, (Fault, Sample))
     if isinstance(row, dict):
-        _, refused = outcome(from_jsonl, row)
-        assert refused is None or "sample" in refused
+        _, refused = outcome(parse_row, row, ConvertedRow)
+        assert refused is None or (refused.isprintable() and len(refused) < 1000)
 
 
 @given(st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=3), st.integers(0, 2))

@@ -1,17 +1,19 @@
 """The HD transform against a direct, slow rewriting of the official one, and everything that is not in the golden set."""
 
+import base64
 import json
 import math
+import socket
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from phi3v import Phi3VImageProcessor
-from phi3v.image_processing_phi3_v import count_image_tokens, hd_size, padded_size, to_rgb
+from phi3v.image_processing_phi3_v import count_image_tokens, hd_size, open_image, padded_size, to_rgb
 
 MODES = ["1", "L", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "I", "F", "LA", "PA", "RGBX", "RGBa"]
 
@@ -170,7 +172,7 @@ def test_half_precision_tensors_are_rounded_to_the_nearest_level(dtype, levels):
 @pytest.mark.parametrize(
     ("image", "error", "message"),
     [
-        ("cat.png", TypeError, "expected a PIL image, NumPy array or torch tensor, found str"),
+        (7, TypeError, "expected a PIL image, NumPy array, torch tensor or path, found int"),
         (None, TypeError, "found NoneType"),
         (np.zeros((10, 20, 2), np.uint8), ValueError, r"shape \(10, 20, 2\): expected \(H, W\), \(H, W, C\)"),
         (np.zeros((2, 10, 20, 3), np.uint8), ValueError, r"shape \(2, 10, 20, 3\): expected"),
@@ -181,7 +183,7 @@ def test_half_precision_tensors_are_rounded_to_the_nearest_level(dtype, levels):
         (np.full((4, 4, 3), 1.5), ValueError, r"values 1.5..1.5 of dtype float64: expected 0..1"),
         (torch.full((3, 4, 4), float("nan")), ValueError, "values nan..nan of dtype float32: expected 0..1"),
     ],
-    ids=["path", "None", "2 channels", "4-D", "no rows", "0 pixels", "256", "-1", "1.5", "nan"],
+    ids=["int", "None", "2 channels", "4-D", "no rows", "0 pixels", "256", "-1", "1.5", "nan"],
 )
 def test_wrong_images_are_refused_with_what_was_found_and_expected(image, error, message):
     with pytest.raises(error, match=message):
@@ -264,3 +266,104 @@ def test_official_preprocessor_config_is_accepted_and_written_back(tmp_path):
     expected = {key: value for key, value in OFFICIAL_FILE.items() if key not in ("auto_map", "processor_class")}
     assert {key: written.get(key) for key in expected} == expected
     assert "auto_map" not in written
+
+
+# Files
+
+
+def written(folder: Path, name: str = "a picture #1.png", image: Image.Image | None = None, **options) -> Path:
+    (image or Image.fromarray(RGB)).save(folder / name, **options)
+    return folder / name
+
+
+def base64_of(path: Path) -> str:
+    return base64.b64encode(path.read_bytes()).decode()
+
+
+@pytest.mark.parametrize(
+    "refer",
+    [
+        lambda path: path,
+        str,
+        lambda path: path.as_uri(),
+        lambda path: path.as_uri().replace("file:///", "file://localhost/"),
+        base64_of,
+        lambda path: "data:image/png;base64," + base64_of(path),
+        lambda path: "data:image/png;base64," + base64.encodebytes(path.read_bytes()).decode(),
+    ],
+    ids=["Path", "path", "file", "file on localhost", "base64", "data", "data in lines"],
+)
+def test_a_file_gives_the_crops_of_its_pixels(refer, tmp_path):
+    processor = Phi3VImageProcessor(num_crops=2)
+    found = processor([refer(written(tmp_path))])
+    assert torch.equal(found["pixel_values"], processor(Image.fromarray(RGB))["pixel_values"])
+
+
+def test_a_relative_path_is_looked_for_in_the_working_directory(tmp_path, monkeypatch):
+    written(tmp_path, "cat.png")
+    monkeypatch.chdir(tmp_path)
+    assert open_image("cat.png").size == RGB.shape[1::-1]
+
+
+def test_a_photo_taken_upright_is_turned_upright(tmp_path):
+    lying = Image.new("RGB", (40, 20))
+    exif = lying.getexif()
+    exif[ExifTags.Base.Orientation] = 6
+    assert open_image(written(tmp_path, "photo.jpg", lying, exif=exif)).size == (20, 40)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "found"),
+    [
+        ("missing.png", None, "no such file"),
+        ("folder.png", "folder", "Is a directory"),
+        ("text.png", b"hello", "cannot identify image file"),
+        ("cut.png", "cut", "truncated"),
+        ("program.eps", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "cannot identify image file"),
+    ],
+)
+def test_files_that_are_no_image_are_refused_in_one_line_that_names_them(name, content, found, tmp_path):
+    path = tmp_path / name
+    if content == "folder":
+        path.mkdir()
+    elif content == "cut":
+        whole = written(tmp_path).read_bytes()
+        path.write_bytes(whole[: len(whole) // 2])
+    elif content:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match="expected a path, file:// reference or base64 of a JPEG, PNG") as error:
+        Phi3VImageProcessor()(str(path))
+    assert str(path)[:80] in str(error.value)
+    assert found in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("https://example.com/a.png", "an address on a network, from which nothing is fetched; download it first"),
+        ("HTTP://127.0.0.1/a.png", "an address on a network"),
+        ("file://server/share/a.png", "a file of another machine, server"),
+        ("data:image/png;base64,@@@@", "found: "),
+        ("data:image/png;base64," + "QUJD" * 100, "cannot identify image file"),
+        ("QUJD" * 10, "no such file"),
+        ("", "Is a directory"),
+        ("a\x00b", "no such file"),
+    ],
+)
+def test_references_that_lead_to_no_image_are_refused_and_nothing_is_fetched(source, found, monkeypatch):
+    monkeypatch.setattr(socket, "socket", lambda *_, **__: pytest.fail("opened a socket"))
+    with pytest.raises(ValueError, match="expected a path, file:// reference or base64 of") as error:
+        open_image(source)
+    assert found in str(error.value)
+
+
+def test_padded_crops_are_the_official_layout():
+    processor = Phi3VImageProcessor(num_crops=4)
+    features = processor([Image.new("RGB", (800, 300)), Image.new("RGB", (100, 100))])
+    padded = processor.pad_crops(features["pixel_values"], features["image_sizes"], num_crops=5)
+    counts = [1 + height * width // 336**2 for height, width in features["image_sizes"].tolist()]
+    assert padded.shape == (2, 6, 3, 336, 336)
+    for image, crops, count in zip(padded, features["pixel_values"].split(counts), counts, strict=True):
+        assert torch.equal(image[:count], crops)
+        assert not image[count:].any()

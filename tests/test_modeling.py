@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Phi3Config
 from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
-from phi3v import Phi3VForCausalLM, modeling_phi3_v
+from phi3v import Phi3VForCausalLM
 from phi3v.modeling_phi3_v import Phi3VRotaryEmbedding
 
 PROCESSOR = tiny.processor()
@@ -290,45 +290,18 @@ def test_packed_rows_are_kept_apart_in_evaluation_without_being_asked():
     torch.testing.assert_close(model(**packed(ROWS)).logits, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable")
 def test_gradient_checkpointing_recomputes_both_towers_and_changes_nothing():
     batch = with_labels(TWO_IMAGES)
     model = tiny.model().train()
     expected_loss, expected = gradients(model, batch)
-    model.activation_checkpointing_enable()  # the name of gradient checkpointing since 5.23
+    model.gradient_checkpointing_enable()  # the only name that the oldest supported transformers has
     clip = count_calls(vision(model).img_processor.vision_model.encoder.layers[0].mlp)
     phi = count_calls(model.model.layers[0].mlp)
     loss, found = gradients(model, batch)
     assert (len(clip), len(phi)) == (2, 2), "forward, and once more in backward"
     assert loss == expected_loss
     assert_same_gradients(found, expected)
-
-
-def saved_bytes(model, batch) -> int:
-    """Bytes that the forward pass keeps for the backward pass, each storage once, without the weights."""
-    weights = {tensor.untyped_storage().data_ptr() for tensor in model.parameters()}
-    kept = {}
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(**batch)
-    return sum(storage.nbytes() for storage in kept.values())
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_elementwise_operations_keep_their_inputs_alone_and_change_no_bit(dtype, monkeypatch):
-    batch = with_labels(TWO_IMAGES)
-    model = tiny.model(attention="sdpa").to(dtype).train()
-    less, (loss, found) = saved_bytes(model, batch), gradients(model, batch)
-    monkeypatch.setattr(modeling_phi3_v, "_recomputed", lambda function, *inputs: function(*inputs))
-    more, (expected_loss, expected) = saved_bytes(model, batch), gradients(model, batch)
-    assert less < 0.9 * more
-    assert loss == expected_loss
-    assert all(torch.equal(found[name], expected[name]) for name in expected if expected[name] is not None)
 
 
 def test_text_only_batch_gives_every_used_vision_parameter_a_zero_gradient():

@@ -1,12 +1,15 @@
 """Phi3VProcessor with the small tokenizer of the demo, which has the official special tokens."""
 
+import base64
 import json
+import random
 from itertools import groupby
 
 import numpy as np
 import pytest
 import tiny
 import torch
+from PIL import Image
 from tokenizers import Tokenizer, models
 from transformers import AutoProcessor, PreTrainedTokenizerFast
 
@@ -206,7 +209,7 @@ def test_content_parts_give_the_text_of_the_strings_with_tags_counted_over_the_t
 
 
 def test_unknown_content_part_is_refused():
-    with pytest.raises(Exception, match="content part of type 'video': expected 'text' or 'image'"):
+    with pytest.raises(Exception, match="content part of type 'video': expected 'text', 'image' or 'image_url'"):
         PROCESSOR.apply_chat_template(chat([{"type": "video"}]))
 
 
@@ -264,3 +267,206 @@ def test_ids_of_each_image_stand_in_one_run():
     is_image = PROCESSOR("<|image_1|><|image_2|>", [WIDE, TALL])["input_ids"][0] == IMAGE
     runs = [len(list(run)) for value, run in groupby(is_image.tolist()) if value]
     assert runs == [TOKENS[id(WIDE)], TOKENS[id(TALL)]]
+
+
+# Keywords that other libraries pass
+
+
+@pytest.mark.parametrize("truncation", [False, None, "do_not_truncate", True, "longest_first"])
+def test_a_text_that_fits_is_the_same_whatever_truncation_says(truncation):
+    expected = PROCESSOR(TEXTS, NESTED, padding=True)
+    longest = expected["input_ids"].shape[1]
+    assert same(PROCESSOR(TEXTS, NESTED, padding=True, truncation=truncation, max_length=longest), expected)
+    assert same(PROCESSOR(TEXTS, NESTED, padding=True, truncation=truncation), expected)
+
+
+@pytest.mark.parametrize("truncation", [True, "longest_first", "only_first"])
+def test_truncation_of_a_text_that_does_not_fit_is_refused(truncation):
+    longest = max(map(len, ROWS))
+    with pytest.raises(
+        ValueError, match=f"a text of {longest} tokens: expected at most max_length {longest - 1}"
+    ) as error:
+        PROCESSOR(TEXTS, NESTED, padding=True, truncation=truncation, max_length=longest - 1)
+    assert "\n" not in str(error.value)
+    for off in (False, None, "do_not_truncate"):
+        assert PROCESSOR(TEXTS, NESTED, padding=True, truncation=off, max_length=3)["input_ids"].shape[1] == longest
+
+
+def test_bos_stays_where_special_tokens_are_not_to_be_added():
+    expected = PROCESSOR("a <|image_1|> b", WIDE)
+    assert same(PROCESSOR("a <|image_1|> b", WIDE, add_special_tokens=False), expected)
+
+
+def test_padding_to_a_multiple():
+    features = PROCESSOR(TEXTS, NESTED, padding=True, pad_to_multiple_of=32)
+    longest = max(map(len, ROWS))
+    assert longest % 32
+    assert features["input_ids"].shape[1] == features["attention_mask"].shape[1] == -(-longest // 32) * 32
+    assert features["attention_mask"].sum() == sum(map(len, ROWS))
+
+
+def test_attention_mask_is_left_out_on_request():
+    assert PROCESSOR("a", return_attention_mask=False).keys() == {"input_ids"}
+
+
+def test_unknown_keywords_are_refused_by_name():
+    with pytest.raises(TypeError, match="unexpected keyword argument 'do_resize'"):
+        PROCESSOR("a", do_resize=True)
+    with pytest.raises(ValueError, match="found no text: expected at least one"):
+        PROCESSOR([])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_offsets_are_the_characters_of_each_token_in_the_text_as_it_was_given(side):
+    texts = ["<|user|>\n<|image_1|>\nWhat? é日<|end|>\n<|assistant|>\n Seven.<|end|>\n", "hi"]
+    features = PROCESSOR(texts, [[WIDE], []], padding=True, padding_side=side, return_offsets_mapping=True)
+    for text, row, spans in zip(texts, features["input_ids"].tolist(), features["offset_mapping"], strict=True):
+        assert len(spans) == len(row)
+        assert [start for start, _ in spans] == sorted(start for start, _ in spans)
+        named = set()
+        for token, (start, end) in zip(row, spans, strict=True):
+            if token in (IMAGE, PAD, PROCESSOR.tokenizer.bos_token_id):
+                assert start == end
+            else:
+                assert start < end <= len(text)
+                named |= set(range(start, end))
+        unnamed = "".join(character for place, character in enumerate(text) if place not in named)
+        assert unnamed.replace("\n", "").replace(" ", "") in ("<|image_1|>", ""), "all but tags and stripped space"
+    (assistant,) = PROCESSOR.tokenizer.convert_tokens_to_ids(["<|assistant|>"])
+    place = features["input_ids"][0].tolist().index(assistant)
+    start, end = features["offset_mapping"][0][place]
+    assert texts[0][start:end] == "<|assistant|>", "not the space behind it, which belongs to the answer"
+
+
+def test_padded_crops_on_request_give_the_official_layout_of_the_same_crops():
+    plain, padded = (
+        PROCESSOR(TEXTS, NESTED, padding=True, num_crops=3, pad_crops=pad, return_tensors="np") for pad in (False, True)
+    )
+    assert padded["pixel_values"].shape == (3, 4, 3, 28, 28)
+    counts = [1 + height * width // 28**2 for height, width in plain["image_sizes"].tolist()]
+    found = np.concatenate([image[:count] for image, count in zip(padded["pixel_values"], counts, strict=True)])
+    assert np.array_equal(found, plain["pixel_values"])
+
+
+def test_what_vllm_asks_the_processor_for():
+    assert PROCESSOR.img_tokens[:3] == ["<|image_1|>", "<|image_2|>", "<|image_3|>"]
+    for image in (WIDE, TALL, SQUARE):
+        size = {"width": image.width, "height": image.height}
+        assert PROCESSOR.calc_num_image_tokens_from_image_size(**size) == TOKENS[id(image)]
+        few = PROCESSOR.image_processor(image, num_crops=1)["num_img_tokens"][0]
+        assert PROCESSOR.calc_num_image_tokens_from_image_size(**size, num_crops=1) == few
+
+
+# Chat template
+
+
+def plain(messages: list[dict], prompt: bool) -> str:
+    """What the official template writes, tags for images as the content parts have them."""
+    text, images = "", 0
+    for message in messages:
+        content = message["content"]
+        if not isinstance(content, str):
+            pieces = []
+            for part in content:
+                images += part["type"] != "text"
+                pieces.append(part["text"] if part["type"] == "text" else f"<|image_{images}|>\n")
+            content = "".join(pieces)
+        text += f"<|{message['role']}|>\n{content}<|end|>\n"
+    return text + "<|assistant|>\n" * (prompt and messages[-1]["role"] != "assistant")
+
+
+SENTENCES = [
+    "",
+    " ",
+    "\n",
+    " a\n",
+    "\n\n b ",
+    "{{ 1 }}",
+    "{% generation %}",
+    "<|end|>",
+    "<b>&amp;'\"",
+    "日本 é\t.",
+    "<|image_1|>\nx",
+]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_the_generation_marks_change_no_character_of_what_is_rendered(seed):
+    draw = random.Random(seed)
+
+    def content():
+        if draw.random() < 0.5:
+            return draw.choice(SENTENCES)
+        parts = [{"type": "text", "text": draw.choice(SENTENCES)}, {"type": "image"}, {"type": "image_url"}]
+        return draw.choices(parts, k=draw.randint(0, 4))
+
+    roles = draw.choices(["user", "assistant", "system"], k=draw.randint(1, 6))
+    messages = [{"role": role, "content": content()} for role in roles]
+    for prompt in (False, True):
+        expected = plain(messages, prompt)
+        assert PROCESSOR.apply_chat_template(messages, add_generation_prompt=prompt) == expected
+        tokenizer = PROCESSOR.tokenizer
+        found = tokenizer.apply_chat_template(
+            messages, chat_template=PROCESSOR.chat_template, add_generation_prompt=prompt, tokenize=False
+        )
+        assert found == expected
+
+
+def masked(processor, conversations: list[list[dict]], **kwargs) -> list[list[list[int]]]:
+    """Ids of each run of the assistant's tokens, of each conversation."""
+    features = processor.apply_chat_template(
+        conversations,
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+        return_tensors="pt",
+        processor_kwargs={"padding": True, "return_tensors": "pt", **kwargs},
+    )
+    masks = torch.as_tensor(features["assistant_masks"])
+    assert masks.shape == features["input_ids"].shape
+    runs = []
+    for row, mask in zip(features["input_ids"].tolist(), masks.tolist(), strict=True):
+        pairs = groupby(zip(row, mask, strict=True), key=lambda pair: pair[1])
+        runs.append([[token for token, _ in pairs] for is_answer, pairs in pairs if is_answer])
+    return runs
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_assistant_tokens_are_the_answers_and_their_end_and_nothing_else(side):
+    image = {"type": "image", "image": WIDE}
+    text = {"type": "text", "text": "What <|assistant|> is it?"}
+    conversations = [
+        chat([image, text], "Seven.", "Sure?", "Yes, 7\nof them"),
+        chat("Hi", "", [image, {"type": "image", "image": TALL}, text], [{"type": "text", "text": "日"}]),
+        chat("Who?"),
+    ]
+
+    def answer(words):
+        start = len(ids("<|assistant|>\n"))
+        return ids(f"<|assistant|>\n{words}<|end|>")[start:]
+
+    expected = [[answer("Seven."), answer("Yes, 7\nof them")], [answer(""), answer("日")], []]
+    assert masked(PROCESSOR, conversations, padding_side=side) == expected
+
+
+IN_A_CONTENT_PART = {
+    "PIL": lambda path: {"type": "image", "image": Image.open(path)},
+    "path as image": lambda path: {"type": "image", "image": str(path)},
+    "path": lambda path: {"type": "image", "path": str(path)},
+    "Path": lambda path: {"type": "image", "path": path},
+    "file reference": lambda path: {"type": "image", "url": path.as_uri()},
+    "base64": lambda path: {"type": "image", "base64": base64.b64encode(path.read_bytes()).decode()},
+    "OpenAI, data URI": lambda path: {
+        "type": "image_url",
+        "image_url": {"url": "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()},
+    },
+    "OpenAI, file": lambda path: {"type": "image_url", "image_url": {"url": path.as_uri()}},
+}
+
+
+@pytest.mark.parametrize("part", IN_A_CONTENT_PART.values(), ids=IN_A_CONTENT_PART.keys())
+def test_images_stand_in_content_parts_in_every_usual_form(part, tmp_path):
+    WIDE.save(tmp_path / "a b.png")
+    messages = chat([part(tmp_path / "a b.png"), {"type": "text", "text": "What?"}])
+    features = PROCESSOR.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
+    assert same(features, PROCESSOR("<|user|>\n<|image_1|>\nWhat?<|end|>\n", WIDE))

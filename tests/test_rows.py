@@ -4,8 +4,9 @@ import pytest
 import recipe
 from datasets import Dataset
 
-from finetuning.data.conversation import Turn, from_jsonl
-from finetuning.data.reading import iterate_jsonl, read_jsonl, read_splits, take
+from finetuning.data.conversation import Turn
+from finetuning.data.reading import first_rows, iterate_rows, read_jsonl, read_splits
+from finetuning.data.schemas import ConvertedRow, parse_row
 from finetuning.errors import InputError
 
 
@@ -13,22 +14,22 @@ def test_read_jsonl_skips_empty_lines(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"a": 1}\n\n  \n{"a": "é"}', encoding="utf-8")
     assert read_jsonl(path) == [{"a": 1}, {"a": "é"}]
-    assert list(iterate_jsonl(path)) == [(1, {"a": 1}), (4, {"a": "é"})]
+    assert list(iterate_rows(path)) == [(1, {"a": 1}), (4, {"a": "é"})]
 
 
 @pytest.mark.parametrize(
     ("content", "found"),
     [
         (b'{"a": 1}\n\n{"a": }\n', r"rows.jsonl:3: expected a JSON object, found .*column 7"),
-        (b'{"a": 1}\n[1, 2]\n', r"rows.jsonl:2: expected a JSON object, found list"),
-        (b'{"a": 1}\n"text"\n', r"rows.jsonl:2: expected a JSON object, found str"),
+        (b'{"a": 1}\n[1, 2]\n', r"rows.jsonl:2: expected a JSON object, found a list \[1, 2\]"),
+        (b'{"a": 1}\n"text"\n', r"rows.jsonl:2: expected a JSON object, found 'text'"),
         (b'{"a": 1}{"a": 2}\n', r"rows.jsonl:1: expected a JSON object"),
         (b"[" * 100_000 + b"\n", r"rows.jsonl:1: expected a JSON object"),
         (b'{"a": ' + b"1" * 5_000 + b"}\n", r"rows.jsonl:1: expected a JSON object, found: .*digits"),
-        (b'{"a": "\xff"}\n', r"rows.jsonl: expected UTF-8 text, found .* at byte 7"),
+        (b'{"a": 1}\n{"a": "\xff"}\n', r"rows.jsonl:2: expected UTF-8 text, found the byte 0xff"),
         (b'\xef\xbb\xbf{"a": 1}\n', r"rows.jsonl:1: .*BOM"),
-        (b'{"a": 1}\n{"image": 3}\n', r"rows.jsonl:2: expected an image path, found 3"),
-        (rb'{"image": "\ud800"}', r"rows.jsonl:1: expected an image path"),
+        (b'{"a": 1}\n{"image": 3}\n', r"rows.jsonl:2: image: expected an image path, found 3"),
+        (rb'{"image": "\ud800"}', r"rows.jsonl:1: image: expected an image path"),
         (b"\n \n", r"rows.jsonl: expected at least one row, found none"),
     ],
     ids=[
@@ -55,7 +56,7 @@ def test_read_jsonl_names_file_and_line(content, found, tmp_path):
 
 @pytest.mark.parametrize("name", ["gone.jsonl", "."])
 def test_read_jsonl_names_a_file_it_cannot_open(name, tmp_path):
-    with pytest.raises(InputError, match="expected a jsonl file, found: ") as caught:
+    with pytest.raises(InputError, match="expected a file with rows, found") as caught:
         read_jsonl(tmp_path / name)
     assert str(tmp_path) in str(caught.value)
 
@@ -77,7 +78,7 @@ def test_an_image_path_that_leaves_the_folder_is_refused(path, tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "link").symlink_to(tmp_path)
     rows = [{"image": "1.png"}, {"image": path}]
-    with pytest.raises(InputError, match="rows.jsonl:2: expected an image path"):
+    with pytest.raises(InputError, match="rows.jsonl:2: image: expected an image path"):
         read_jsonl(recipe.write_jsonl(tmp_path / "data" / "rows.jsonl", rows))
 
 
@@ -109,7 +110,7 @@ def test_read_splits_of_one_file_or_of_one_each(tmp_path):
         ({}, "expected rows.jsonl with a field split, or train.jsonl"),
         ({"train.jsonl": [{}]}, "test.jsonl"),
         ({"rows.jsonl": [{"split": "train"}]}, 'rows.jsonl: expected rows with "split": "test", found none'),
-        ({"rows.jsonl": [{}]}, 'rows.jsonl: expected rows with "split": "train", found none'),
+        ({"rows.jsonl": [{}]}, "rows.jsonl:1: split: expected the name of a split, such as train or test, found null"),
         ({"rows.jsonl": [{"split": ["train"]}]}, "split"),
         ({"a_train.jsonl": [{}], "b_train.jsonl": [{}]}, "expected one file for the split train"),
     ],
@@ -126,16 +127,20 @@ def test_read_splits_says_what_is_missing(files, found, tmp_path):
 
 
 @pytest.mark.parametrize("kind", [list, Dataset.from_list])
-def test_take_gives_the_first_rows(kind):
+def test_first_rows_gives_the_first_rows(kind):
     rows = kind([{"n": number} for number in range(5)])
-    assert [row["n"] for row in take(rows, 2)] == [0, 1]
-    assert len(take(rows, None)) == len(take(rows, 9)) == 5
-    assert len(take(rows, 0)) == 0
+    assert [row["n"] for row in first_rows(rows, 2)] == [0, 1]
+    assert len(first_rows(rows, None)) == len(first_rows(rows, 9)) == 5
+    assert len(first_rows(rows, 0)) == 0
+
+
+def from_converted(row: dict):
+    return parse_row(row, ConvertedRow).to_conversation()
 
 
 def test_a_converted_row_becomes_a_conversation():
     first = {"images": ["a.jpg", "b.jpg"], "user": "What?", "assistant": "yes"}
-    conversation = from_jsonl({"id": 7, "conversations": [first, {"user": "Sure?", "assistant": ["no", "not"]}]})
+    conversation = from_converted({"id": 7, "conversations": [first, {"user": "Sure?", "assistant": ["no", "not"]}]})
     assert conversation.id == "7"
     assert conversation.turns == [Turn("What?", ["yes"], ["a.jpg", "b.jpg"]), Turn("Sure?", ["no", "not"])]
 
@@ -143,20 +148,23 @@ def test_a_converted_row_becomes_a_conversation():
 @pytest.mark.parametrize(
     ("row", "named"),
     [
-        ({"conversations": [{}]}, '"id"'),
-        ({"id": "a"}, '"conversations"'),
-        ({"id": "a", "conversations": []}, '"conversations"'),
-        ({"id": "a", "conversations": ["What?"]}, "turn 1"),
+        ({"conversations": [{"user": "q", "assistant": "a"}]}, "id: expected this field"),
+        ({"id": "a"}, "expected the fields conversations, found id"),
+        ({"id": "a", "conversations": []}, "conversations: expected a list with at least 1"),
+        ({"id": "a", "conversations": ["What?"]}, "conversations[0]: expected an object"),
         (
             {"id": "a", "conversations": [{"user": "q", "assistant": "a"}, {"assistant": "a"}]},
-            'turn 2: expected "user"',
+            "conversations[1].user: expected this field",
         ),
-        ({"id": "a", "conversations": [{"user": "q", "assistant": "a", "images": "a.jpg"}]}, '"images"'),
+        (
+            {"id": "a", "conversations": [{"user": "q", "assistant": "a", "images": "a.jpg"}]},
+            ".images: expected a list",
+        ),
     ],
 )
 def test_a_converted_row_with_a_wrong_field_is_refused(row, named):
     with pytest.raises(InputError) as caught:
-        from_jsonl(row)
-    assert str(caught.value).startswith(f"sample {row.get('id')}")
+        from_converted(row)
+    assert str(caught.value).startswith("sample a: " if "id" in row else "id: ")
     assert named in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1

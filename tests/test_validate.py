@@ -6,21 +6,32 @@ import json
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
+from bad_rows import good_row, png_header, write_folder
 from PIL import ExifTags, Image
 from recipe import write_jsonl
 from transformers import AutoTokenizer
 
 from finetuning import validate
-from finetuning.data import formats
-from finetuning.data.conversation import from_jsonl, to_messages
+from finetuning.data import formats, images
+from finetuning.data.conversation import to_messages
 from finetuning.data.encoding import count_tokens, encode_conversation
+from finetuning.data.images import image_sizes
 from finetuning.data.reading import read_jsonl, read_splits
+from finetuning.data.schemas import ConvertedRow, parse_row
+from finetuning.errors import InputError
 from phi3v import Phi3VImageProcessor, Phi3VProcessor
 
 OFFICIAL_FOLDER = Path(__file__).parents[2] / "shared" / "phi35v"
+
+
+@pytest.fixture(autouse=True)
+def own_limit(monkeypatch):
+    """The limit of pixels that a test sets is gone in the next."""
+    monkeypatch.setenv(images._LIMIT, str(images.MAX_IMAGE_PIXELS))
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +40,10 @@ def model(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("model")
     tiny.processor().save_pretrained(folder)
     return str(folder)
+
+
+def from_converted(row: dict):
+    return parse_row(row, ConvertedRow).to_conversation()
 
 
 def row(number: int | str, images=(), user="What is it?", assistant="A cat", **changes) -> dict:
@@ -94,7 +109,7 @@ def test_tokens_and_crops_are_those_of_training(good, model, images, num_crops, 
     assert status == 0
     processor = tiny.processor(num_crops)
     for name, rows in zip(("train", "val"), read_splits(good, evaluation="val"), strict=True):
-        conversations = [from_jsonl(row) for row in rows]
+        conversations = [from_converted(row) for row in rows]
         lengths = [count_tokens(conversation, processor) for conversation in conversations]
         encoded = [encode_conversation(conversation, processor) for conversation in conversations]
         crops = [len(features.get("pixel_values", [])) for features in encoded]
@@ -128,7 +143,7 @@ def test_an_image_on_its_side_counts_as_it_is_shown(tmp_path, model, capsys):
             for images in ("decode", "headers")
         ]
         assert reports[0] == reports[1]
-        [conversation] = map(from_jsonl, read_splits(tmp_path)[0])
+        [conversation] = map(from_converted, read_splits(tmp_path)[0])
         assert reports[0]["splits"]["train"]["tokens_per_epoch"] == count_tokens(conversation, tiny.processor())
         next(tmp_path.glob("*_train.jsonl")).unlink()
 
@@ -186,7 +201,7 @@ def test_the_official_tokenizer_counts_as_in_training(good, capsys):
     status, report = run_json(capsys, good, "--model_name_or_path", OFFICIAL_FOLDER, "--num_crops", 4)
     assert (status, report["max_length"]) == (0, 131072)
     processor = Phi3VProcessor(Phi3VImageProcessor(num_crops=4), AutoTokenizer.from_pretrained(OFFICIAL_FOLDER))
-    lengths = [count_tokens(from_jsonl(row), processor) for row in read_splits(good, evaluation="val")[0]]
+    lengths = [count_tokens(from_converted(row), processor) for row in read_splits(good, evaluation="val")[0]]
     assert report["splits"]["train"]["tokens_per_epoch"] == sum(lengths)
 
 
@@ -194,31 +209,31 @@ LONG = "very " * 400
 # Lines of train.jsonl, each with a fault, and what is said of it. Good lines stand between them.
 FAULTS = [
     ('{"id": 1, "conversations": [}', "expected a JSON object, found Expecting value at column 29"),
-    ("[1, 2]", "expected a JSON object, found list"),
+    ("[1, 2]", "expected a JSON object, found a list [1, 2]"),
     ("[" * 100_000, "expected a JSON object, found: maximum recursion depth"),
     ('{"id": ' + "1" * 5000 + "}", "expected a JSON object, found: Exceeds the limit"),
     (b'{"id": "\xff"}', "expected UTF-8 text, found the byte 0xff"),
-    ({"conversations": [{"user": "q", "assistant": "a"}]}, 'expected "id" with a text or number, found None'),
+    ({"conversations": [{"user": "q", "assistant": "a"}]}, "id: expected this field, found conversations"),
     ({"id": "f5", "img": "a.png", "label": 1}, 'sample f5: expected the field "conversations" (native, LLaVA, ShareGPT)'),
-    (row("f6", conversations=[]), 'sample f6: expected "conversations" with a list of turns, found []'),
-    (row("f7", user=None), 'sample f7, turn 1: expected "user" with a text, found None'),
-    (row("f8", conversations=[{"images": "a.png", "user": "q", "assistant": "a"}]), 'expected "images" with a list'),
-    (row("f9", assistant="  "), "sample f9, turn 1: expected a text as answer, found '  '"),
-    (row("f10", assistant=3), "sample f10, turn 1: expected a text as answer, found 3"),
-    (row("f11", assistant=[]), "sample f11, turn 1: expected a list with at least one answer, found []"),
+    (row("f6", conversations=[]), "sample f6: conversations: expected a list with at least 1 item(s), found 0"),
+    (row("f7", user=None), "sample f7: conversations[0].user: expected text, found null"),
+    (row("f8", conversations=[{"images": "a.png", "user": "q", "assistant": "a"}]), 'conversations[0].images: expected a list, found \''),
+    (row("f9", assistant="  "), "sample f9: conversations[0].assistant: expected text, found '  '"),
+    (row("f10", assistant=3), "sample f10: conversations[0].assistant: expected text or a list with at least one text, found 3"),
+    (row("f11", assistant=[]), "sample f11: conversations[0].assistant: expected text or a list with at least one text, found an empty list"),
     (row("f12", ["gone.png"]), "images/gone.png: expected an image file, found no such file"),
     (row("f13", ["cut.png"]), "images/cut.png: expected a whole image, found: image file is truncated"),
     (row("f14", ["cut.jpg"]), "images/cut.jpg: expected a whole image, found: image file is truncated"),
-    (row("f15", ["text.png"]), "images/text.png: expected an image, found: cannot identify"),
-    (row("f16", ["../../secret.png"]), "sample f16: expected an image path inside"),
-    (row("f17", ["a\0.png"]), "sample f17: expected an image path inside"),
-    (row("f18b", ["."]), "sample f18b: expected an image path inside"),
+    (row("f15", ["text.png"]), "images/text.png: expected a JPEG, PNG, WebP, BMP, GIF, TIFF or PPM image, found another format or a damaged header"),
+    (row("f16", ["../../secret.png"]), "sample f16: conversations[0].images[0]: expected an image path inside"),
+    (row("f17", ["a\0.png"]), "sample f17: conversations[0].images[0]: expected an image path inside"),
+    (row("f18b", ["."]), "sample f18b: conversations[0].images[0]: expected an image path inside"),
     (row("f18", user="See <|image_1|>"), "sample f18: image tags <|image_1|> for 0 image(s): expected no image tag"),
     (row("f19", ["a.png", "b.png"], user="<|image_1|>?"), "<|image_1|> for 2 image(s): expected <|image_1|> to <|image_2|>"),
-    (row("f20", ["a.png"], assistant="<|image_1|>"), "sample f20, turn 1: expected image tags in user texts only"),
-    (row("f21", user="a<|end|>b"), "sample f21, turn 1: expected plain text, found the control token <|end|>; remove it"),
-    (row("f22", assistant="\ud800"), "sample f22, turn 1: expected Unicode text, found half a surrogate pair in '\\ud800'"),
-    (row("good-0"), "sample good-0: expected an id of its own, found that of train.jsonl:2"),
+    (row("f20", ["a.png"], assistant="<|image_1|>"), "sample f20, turn 1: answers[0]: expected image tags in user texts only"),
+    (row("f21", user="a<|end|>b"), "sample f21, turn 1: user: expected plain text, found the control token <|end|>; remove it"),
+    (row("f22", assistant="\ud800"), "sample f22, turn 1: answers[0]: expected Unicode text, found half a surrogate pair in '\\ud800'"),
+    (row("good-0"), "sample good-0: id: expected an id of its own, found that of train.jsonl:2"),
     (row("f24", user=LONG), "sample f24: expected at most 900 tokens, found 2"),
 ]  # fmt: skip
 
@@ -250,7 +265,7 @@ def test_every_fault_has_its_file_and_line(faulty, model, capsys):
     for number, (line, (_, message)) in enumerate(zip(found, FAULTS, strict=True)):
         assert line.startswith(f"{faulty}/train.jsonl:{1 + 3 * number}: "), line
         assert message in line
-        assert "sample " in line or number < 5
+        assert "sample " in line or number < 6
     assert f"{len(FAULTS) + 1} fault(s)" in printed
 
     status, report = run_json(capsys, faulty, *flags, "--all")
@@ -277,8 +292,8 @@ def test_the_first_fault_is_enough_without_all(faulty, model, capsys):
 def test_missing_images_are_found_without_decoding(images, faulty, model, capsys):
     status, printed = run(capsys, faulty, "--model_name_or_path", model, "--images", images, "--all")
     assert status == 2
-    assert "sample f12: " in printed
-    assert ("sample f15: " in printed) == (images == "headers")
+    assert "sample f12, turn 1: images[0]: " in printed
+    assert ("sample f15, turn 1: " in printed) == (images == "headers")
     assert "sample f13" not in printed
 
 
@@ -307,11 +322,11 @@ def test_leakage_goes_by_content(tmp_path, model, capsys):
         ({"data.jsonl": [row(1)], "test.jsonl": [row(1)]}, "expected a split train, found data, test"),
         ({"a_train.jsonl": [row(1)], "b_train.jsonl": [row(2)], "test.jsonl": [row(1)]}, "found a_train.jsonl, b_train.jsonl"),
         ({"rows.jsonl": [row(1, split="train"), row(1, split="test")], "val.jsonl": [row(1)]}, "found rows.jsonl and val.jsonl"),
-        ({"train.jsonl": [row(1)], "a_test.jsonl": [{}]}, "a_test.jsonl:1: sample None: expected the field"),
-        ({"rows.jsonl": [row(1)]}, 'rows.jsonl:1: sample 1: expected "split" with a name'),
-        ({"rows.jsonl": [row(1, split="../x")]}, "rows.jsonl:1: sample 1: expected \"split\" with a name such as train or"),
+        ({"train.jsonl": [row(1)], "a_test.jsonl": [{}]}, "a_test.jsonl:1: expected the field"),
+        ({"rows.jsonl": [row(1)]}, "rows.jsonl:1: sample 1: split: expected the name of a split, such as train or test, found null"),
+        ({"rows.jsonl": [row(1, split="../x")]}, "rows.jsonl:1: sample 1: split: expected the name of a split, such as train or test, found '../x'"),
         ({"train.jsonl": [], "test.jsonl": [row(1)]}, "train.jsonl: expected at least one row, found none"),
-        ({"train.jsonl": [row("a"), row("a")], "test.jsonl": [row("a")]}, "train.jsonl:2: sample a: expected an id of its own"),
+        ({"train.jsonl": [row("a"), row("a")], "test.jsonl": [row("a")]}, "train.jsonl:2: sample a: id: expected an id of its own"),
     ],
 )  # fmt: skip
 def test_splits_that_training_would_not_find(files, found, tmp_path, model, capsys):
@@ -327,7 +342,7 @@ def test_a_file_that_cannot_be_read(good, model, capsys):
     (good / "folder_test.jsonl").mkdir()
     status, printed = run(capsys, good, "--model_name_or_path", model)
     assert status == 2
-    assert f"{good}/folder_test.jsonl: expected a file with rows, found: Is a directory" in printed
+    assert f"{good}/folder_test.jsonl: expected a file with rows, found a directory" in printed
 
 
 def test_rows_with_a_field_split(tmp_path, model, capsys):
@@ -449,7 +464,7 @@ def test_other_formats_become_the_native_form(name, rows, texts, ids, indent, tm
     assert "expected a split test" in report["remarks"][0]  # not yet a fault
     assert [path.name for path in out.iterdir() if path.suffix] == ["converted_train.jsonl"]
 
-    conversations = [from_jsonl(row) for row in read_jsonl(out / "converted_train.jsonl")]
+    conversations = [from_converted(row) for row in read_jsonl(out / "converted_train.jsonl")]
     messages = [to_messages(item, [turn.answers[0] for turn in item.turns]) for item in conversations]
     assert [[message["content"] for message in turns] for turns in messages] == texts
     if ids:
@@ -525,20 +540,20 @@ def test_nothing_is_left_of_a_conversion_that_fails(good, model, tmp_path_factor
         ({"id": 1, "image": "a.png", "conversations": say("<image><image>", "cat")}, "for 1 image(s), found 2"),
         ({"id": 1, "conversations": say("<image>", "cat")}, "expected 0 placeholder(s) <image> for 0 image(s), found 1"),
         ({"id": 1, "image": "a.png", "conversations": say("What?", "<image>")}, "expected image tags in user texts only"),
-        ({"id": 1, "conversations": say("What?")}, "turn 1: expected a text as answer, found None"),
-        ({"id": 1, "conversations": [{"from": "gpt", "value": "a"}]}, "message 1: expected one of the user, found {'from': 'gpt'"),
-        ({"id": 1, "conversations": say("q", "a") + say("q", "a")[::-1]}, "message 3: expected one of the user, found"),
-        ({"id": 1, "conversations": [{"from": "tool", "value": "a"}]}, "message 1: expected one of the user"),
-        ({"id": 1, "conversations": [{"from": "human", "value": None}]}, 'message 1: expected {"from", "value"} or {"role", "content"}'),
-        ({"id": 1, "messages": "hello"}, "message 1: expected"),
-        ({"id": 1, "messages": []}, 'sample 1: expected "conversations" with a list of turns, found []'),
-        ({"id": 1, "image": 3, "conversations": say("<image>", "a")}, "message 1: expected a path, file:// or data: as image, found 3"),
+        ({"id": 1, "conversations": say("What?")}, "conversations: expected an answer to the last message of the user, found none"),
+        ({"id": 1, "conversations": [{"from": "gpt", "value": "a"}]}, "conversations[0]: expected a message of the user, found one of gpt"),
+        ({"id": 1, "conversations": say("q", "a") + say("q", "a")[::-1]}, "conversations[2]: expected a message of the user, found one of gpt"),
+        ({"id": 1, "conversations": [{"from": "tool", "value": "a"}]}, "conversations[0].from: expected 'system', 'human', 'user', 'gpt' or 'assistant', found 'tool'"),
+        ({"id": 1, "conversations": [{"from": "human", "value": None}]}, "conversations[0].value: expected text, found null"),
+        ({"id": 1, "messages": "hello"}, "messages: expected a list, found 'hello'"),
+        ({"id": 1, "messages": []}, "sample 1: messages: expected a list with at least 1 item(s), found 0"),
+        ({"id": 1, "image": 3, "conversations": say("<image>", "a")}, "image: expected text, found 3"),
         ({"id": 1, "image": "https://x.org/a.png", "conversations": say("<image>", "a")}, "download what is on the web"),
         ({"id": 1, "image": "data:image/png;base64,%%", "conversations": say("<image>", "a")}, "expected data:image/TYPE;base64"),
-        ({"id": 1, "image": "data:image/png;base64,AAAA", "conversations": say("<image>", "a")}, ".png: expected an image, found:"),
+        ({"id": 1, "image": "data:image/png;base64,AAAA", "conversations": say("<image>", "a")}, ".png: expected a JPEG, PNG, WebP, BMP, GIF, TIFF or PPM image, found"),
         ({"id": 1, "image": "../a.png", "conversations": say("<image>", "a")}, "expected an image path inside"),
         ({"id": 1, "image": "b.png", "conversations": say("<image>", "a")}, "b.png: expected an image file, found no such file"),
-        ({"id": 1, "messages": [{"role": "user", "content": [{"type": "video"}]}]}, "types text, image_url and image, found"),
+        ({"id": 1, "messages": [{"role": "user", "content": [{"type": "video"}]}]}, "messages[0].content[0].type: expected 'text', 'image_url' or 'image', found 'video'"),
     ],
 )  # fmt: skip
 def test_faults_of_other_formats(bad, found, tmp_path, model, capsys):
@@ -590,3 +605,121 @@ def test_a_hundred_thousand_lines_in_less_than_a_minute(tmp_path, capsys, model)
     assert time.process_time() - start < 60
     assert status == 0
     assert {name: figures["samples"] for name, figures in report["splits"].items()} == {"train": 99_000, "test": 1_000}
+
+
+# ---- the same as in training
+
+
+def test_an_answer_with_leading_blanks_is_counted_as_it_is_trained(tmp_path, model, capsys):
+    # Alone the first is the longest; trained, <|assistant|> takes its blanks.
+    answers = ["        a", "b c d e", "f"]
+    write_jsonl(tmp_path / "train.jsonl", [row(1, assistant=answers)])
+    write_jsonl(tmp_path / "test.jsonl", [row(1)])
+    status, report = run_json(capsys, tmp_path, "--model_name_or_path", model)
+    assert status == 0
+    (conversation,) = map(from_converted, read_splits(tmp_path)[0])
+    trained = {
+        len(encode_conversation(conversation, tiny.processor(), epoch=epoch)["input_ids"]) for epoch in range(30)
+    }
+    assert len(trained) > 1
+    assert report["splits"]["train"]["tokens_per_epoch"] == max(trained)
+
+
+@pytest.mark.parametrize(("width", "status"), [(9_500, 0), (18_001, 2)])
+def test_training_and_the_checker_have_one_limit_of_pixels(width, status, tmp_path, model, capsys):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "large.png").write_bytes(png_header(width, 10_000))
+    write_jsonl(tmp_path / "train.jsonl", [row(1, ["large.png"])])
+    write_jsonl(tmp_path / "test.jsonl", [row(1)])
+    flags = ["--model_name_or_path", model, "--images", "headers"]
+    assert run(capsys, tmp_path, *flags)[0] == status
+    (conversation,) = map(from_converted, read_splits(tmp_path)[0])
+    if status:
+        with pytest.raises(InputError, match=rf"180000000 pixels \(--max_image_pixels\), found {width} x 10000"):
+            image_sizes(conversation)
+    else:
+        assert image_sizes(conversation) == [(width, 10_000)]
+    # and both can be told another
+    assert run(capsys, tmp_path, *flags, "--max_image_pixels", width * 10_000)[0] == 0
+    status, printed = run(capsys, tmp_path, *flags, "--max_image_pixels", width * 10_000 - 1)
+    assert status == 2
+    assert f"found {width} x 10000" in printed
+
+
+@pytest.mark.parametrize(("task", "num_crops"), [("docvqa", 16), ("hateful_memes", 16), ("nlvr2", 16), ("ucf101", 4)])
+def test_a_task_s_own_rows_are_counted_as_its_script_trains_them(task, num_crops, tmp_path, model, capsys):
+    write_folder(tmp_path, task, [good_row(task, number) for number in range(4)])
+    # Its own pictures for the rows to answer: the bytes decide what leaks.
+    flags = ["--task", task, "--model_name_or_path", model, "--all"]
+    report = run_json(capsys, tmp_path, *flags)[1]
+    assert all("images that train does not hold" in fault["message"] for fault in report["faults"])
+    assert report["num_crops"] == num_crops
+    script = validate.load_script(task)
+    rows, _ = script.load_splits(SimpleNamespace(data_dir=str(tmp_path), eval_split=None, full_train=False))
+    conversations = [script.to_conversation(row) for row in rows]
+    processor = tiny.processor(num_crops)
+    lengths = [len(encode_conversation(conversation, processor)["input_ids"]) for conversation in conversations]
+    figures = report["splits"]["train"]
+    assert figures["samples"] == 4
+    assert figures["tokens_per_sample"]["max"] == max(
+        count_tokens(conversation, processor) for conversation in conversations
+    )
+    assert figures["tokens_per_epoch"] >= sum(lengths)
+    assert run_json(capsys, tmp_path, *flags, "--num_crops", 2)[1]["num_crops"] == 2
+
+
+def test_a_script_of_one_s_own_checks_its_rows(tmp_path, model, capsys):
+    script = tmp_path / "finetune_mine.py"
+    script.write_text(
+        "from finetuning.data.conversation import Conversation, Turn\n"
+        "from finetuning.data.schemas import RowModel, Text, parse_row\n"
+        "NUM_CROPS = 3\n"
+        "class Riddle(RowModel):\n"
+        "    question: Text\n"
+        "def to_conversation(row):\n"
+        "    riddle = parse_row(row, Riddle)\n"
+        "    return Conversation(row['name'], [Turn(riddle.question, ['yes'])])\n"
+    )
+    data = tmp_path / "data"
+    data.mkdir()
+    write_jsonl(data / "train.jsonl", [{"name": "a", "question": "q"}, {"name": "b", "question": None}])
+    write_jsonl(data / "test.jsonl", [{"name": "c", "question": "q"}, {"name": 3, "question": "q"}])
+    status, report = run_json(capsys, data, "--task", script, "--model_name_or_path", model, "--all")
+    assert (status, report["num_crops"]) == (2, 3)
+    assert [fault["message"] for fault in report["faults"]] == [
+        "Conversation.id: expected text, found 3",
+        "question: expected text, found null",
+    ]
+
+
+def test_splits_that_training_does_not_read_can_be_left_out(tmp_path, model, capsys):
+    write_folder(tmp_path, "hateful_memes", [good_row("hateful_memes", number) for number in range(4)])
+    unlabelled = [{"id": 1, "img": "img/0.png", "text": "so funny"}]
+    write_jsonl(tmp_path / "test.jsonl", unlabelled)
+    flags = ["--task", "hateful_memes", "--model_name_or_path", model, "--all"]
+    assert "test.jsonl:1: sample 1: label: expected this field, found id, img, text" in run(capsys, tmp_path, *flags)[1]
+    report = run_json(capsys, tmp_path, *flags, "--splits", "train")[1]
+    assert (report["faults"], list(report["splits"])) == ([], ["train"])
+    assert "expected the split trian, found none" in run(capsys, tmp_path, *flags, "--splits", "trian")[1]
+
+
+def test_rows_of_a_task_without_the_flag_that_reads_them(tmp_path, model, capsys):
+    write_folder(tmp_path, "docvqa", [good_row("docvqa", number) for number in range(2)])
+    status, printed = run(capsys, tmp_path, "--model_name_or_path", model)
+    assert status == 2
+    assert "rows.jsonl:1: sample page-0: expected the field" in printed
+    assert "--task reads rows of a task's own form" in printed
+
+
+@pytest.mark.parametrize(
+    ("flags", "found"),
+    [
+        (["--task", "vqa"], "--task vqa: expected docvqa, hateful_memes, nlvr2, ucf101 or the path of a script"),
+        (["--task", "gone.py"], "--task gone.py: expected docvqa"),
+        (["--task", "docvqa", "--convert", "out"], "--convert and --task: expected one of them"),
+        (["--max_image_pixels", "0"], "--max_image_pixels 0: expected at least 1 pixel"),
+    ],
+)
+def test_a_bad_task_is_one_line(flags, found, good, model, capsys):
+    assert validate.main([str(good), *flags, "--model_name_or_path", model]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {found}")

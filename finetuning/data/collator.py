@@ -22,21 +22,26 @@ class DataCollatorForPhi3V:
     pad_token_id: int
     padding_free: bool = False
 
-    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
-        """Collates B samples of up to N tokens.
+    def __call__(self, features: list[dict[str, Any] | None]) -> dict[str, Any]:
+        """Collates B samples of up to N tokens; a None among them is a place without a sample.
+
+        Where there is no sample at all the batch holds one of two padding tokens without a label: it counts nothing, but
+        takes part in the forward and backward pass, in which all ranks wait for each other.
 
         Returns:
             dict: input_ids and labels, int64, (B, N), with attention_mask; or, padding-free, (1, sum of the lengths) with
             position_ids and what variable-length attention kernels read (cu_seq_lens_q/k, max_length_q/k). With images,
             pixel_values (all crops, 3, crop size, crop size) and image_sizes (all images, 2). `ids`, the samples' ids.
         """
-        batch = self._join(features) if self.padding_free else self._pad(features)
-        with_images = [feature for feature in features if "pixel_values" in feature]
+        samples = [feature for feature in features if feature is not None]
+        empty = {"input_ids": [self.pad_token_id] * 2, "labels": [IGNORE_INDEX] * 2}
+        batch = self._join(samples or [empty]) if self.padding_free else self._pad(samples or [empty])
+        with_images = [sample for sample in samples if "pixel_values" in sample]
         if with_images:
             batch["pixel_values"] = join([feature["pixel_values"] for feature in with_images])
             batch["image_sizes"] = torch.cat([feature["image_sizes"] for feature in with_images])
         # For messages; `RecipeTrainer` takes them out before the model sees the batch.
-        batch["ids"] = [feature["id"] for feature in features]
+        batch["ids"] = [sample["id"] for sample in samples]
         return batch
 
     def _pad(self, features) -> dict[str, Any]:

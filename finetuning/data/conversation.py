@@ -1,25 +1,29 @@
 """Conversation, what the rows of every task become: its turns, its chat messages, and what its texts may hold."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
+from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
 from phi3v.processing_phi3_v import IMAGE_TAG, find_tags
 
 from ..errors import InputError
+from .shown import printable, shown
 
 
 @dataclass
 class Turn:
-    """One question and its answer.
+    """One question and its answer; only the answer is trained.
 
     Args:
-        user (str): the question. Image tags `<|image_1|>`, ... are put before it unless it holds its own.
+        user (str): the question, not blank. Pictures are shown before it, unless user texts of the conversation hold tags:
+            `<|image_1|>` then stands where the first of all its pictures belongs, and every picture needs its tag.
         answers (list[str]): acceptable answers; training picks one in each epoch, evaluation may compare with all.
-        images (list): images of this turn: paths, PIL images, or the {"bytes", "path"} of a `datasets.Image` column.
+        images (list): pictures of this turn: paths, PIL images, or the {"bytes", "path"} of a `datasets.Image` column.
         choices (list[str]): for a closed question all possible answers; evaluation then records their probabilities.
     """
 
@@ -31,7 +35,13 @@ class Turn:
 
 @dataclass
 class Conversation:
-    """Turns of one sample; image tags count over all of its turns."""
+    """One sample: what `to_conversation` makes of a row.
+
+    Args:
+        id (str): the row's own, no other row of its split may have it: messages, predictions and the choice among several
+            answers go by it. A row without one gets it in `load_splits`, such as its number.
+        turns (list[Turn]): questions and answers in order, at least one.
+    """
 
     id: str
     turns: list[Turn]
@@ -39,30 +49,6 @@ class Conversation:
     @property
     def images(self) -> list:
         return [image for turn in self.turns for image in turn.images]
-
-
-def from_jsonl(row: dict[str, Any]) -> Conversation:
-    """Conversation of a row of a converted folder: {"id", "conversations": [{"images", "user", "assistant"}]}.
-
-    Raises:
-        InputError: with the row's id, if a field is missing or of another type.
-    """
-    where = f"sample {row.get('id')}"
-    if not isinstance(row.get("id"), (str, int)):
-        raise InputError(f'{where}: expected "id" with a text or number, found {row.get("id")!r}')
-    if not isinstance(row.get("conversations"), list) or not row["conversations"]:
-        raise InputError(f'{where}: expected "conversations" with a list of turns, found {row.get("conversations")!r}')
-    turns = []
-    for number, turn in enumerate(row["conversations"], 1):
-        if not isinstance(turn, dict):
-            raise InputError(f"{where}, turn {number}: expected an object, found {turn!r}")
-        user, answers, images = turn.get("user"), turn.get("assistant"), turn.get("images", [])
-        if not isinstance(user, str):
-            raise InputError(f'{where}, turn {number}: expected "user" with a text, found {user!r}')
-        if not isinstance(images, list):
-            raise InputError(f'{where}, turn {number}: expected "images" with a list of paths, found {images!r}')
-        turns.append(Turn(user, answers if isinstance(answers, list) else [answers], images))
-    return Conversation(str(row["id"]), turns)
 
 
 def to_messages(conversation: Conversation, answers: Sequence[str]) -> list[dict[str, str]]:
@@ -90,46 +76,119 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     return tuple(token.content for token in added if token.special or token.content.startswith("<"))
 
 
-def check_conversation(conversation: Conversation, control: Sequence[str]) -> None:
-    """Checks what can be known without opening an image; `control` is what `control_tokens` gives.
+def check_text(value: Any) -> str:
+    """The value, if it is text that is not blank.
 
     Raises:
-        InputError: with the conversation's id and turn, if there is no turn, no answer, an answer that is not text, an
-            image tag without its image, or a control token inside a text.
+        ValueError: for anything else, with what was expected and found.
     """
-    where = f"sample {conversation.id}"
-    if not conversation.turns:
-        raise InputError(f"{where}: expected at least one turn, found none")
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"expected text, found {shown(value)}")
+    return value
+
+
+def check_picture(value: Any) -> Any:
+    """The value, if it is what `images.open_image` takes; nothing is opened.
+
+    Raises:
+        ValueError: for anything else, with what was expected and found.
+    """
+    path = value
+    if isinstance(value, dict):
+        if isinstance(value.get("bytes"), bytes) and value["bytes"]:
+            return value
+        path = value.get("path")
+    if path.strip() if isinstance(path, str) else isinstance(path, os.PathLike):
+        return value
+    if isinstance(value, Image.Image):
+        return value
+    raise ValueError(f"expected a picture (a path, a PIL image or an object with bytes or path), found {shown(value)}")
+
+
+def check_conversation(conversation: Conversation, control: Sequence[str]) -> None:
+    """Checks what `to_conversation` made, as far as that can be known without opening an image.
+
+    Args:
+        conversation (Conversation): whatever a script's own function has returned.
+        control (Sequence[str]): what `control_tokens` gives.
+
+    Raises:
+        InputError: in one line, with the id, the turn and the field, for a wrong type, a missing or blank text, an image tag
+            without its image, an image without its tag, or a control token inside a text.
+    """
+    if not isinstance(conversation, Conversation):
+        raise InputError(f"to_conversation: expected it to return a Conversation, found {shown(conversation)}")
+    try:
+        check_text(conversation.id)
+    except ValueError as error:
+        raise InputError(f"Conversation.id: {error}") from None
+    where = f"sample {printable(conversation.id)}"
+    if not isinstance(conversation.turns, list | tuple) or not conversation.turns:
+        raise InputError(f"{where}: turns: expected a list with at least one Turn, found {shown(conversation.turns)}")
     for number, turn in enumerate(conversation.turns, 1):
-        if not isinstance(turn.answers, (list, tuple)) or not turn.answers:
-            raise InputError(
-                f"{where}, turn {number}: expected a list with at least one answer, found {turn.answers!r}"
-            )
-        for answer in turn.answers:
-            if not isinstance(answer, str) or not answer.strip():
-                raise InputError(f"{where}, turn {number}: expected a text as answer, found {answer!r}")
-            if IMAGE_TAG.search(answer):
-                raise InputError(
-                    f"{where}, turn {number}: expected image tags in user texts only, found one in the answer {answer!r}"
-                )
-        for text in (turn.user, *turn.answers):
-            if not isinstance(text, str):
-                raise InputError(f"{where}, turn {number}: expected text, found {text!r}")
-            try:
-                text.encode()
-            except UnicodeEncodeError:
-                raise InputError(
-                    f"{where}, turn {number}: expected Unicode text, found half a surrogate pair in {text!r}"
-                ) from None
-            token = next((token for token in control if token in text), None)
-            if token is not None:
-                raise InputError(
-                    f"{where}, turn {number}: expected plain text, found the control token {token}; remove it"
-                )
+        try:
+            _check_turn(turn, control)
+        except ValueError as error:
+            raise InputError(f"{where}, turn {number}: {error}") from None
     text = "\n".join(
         message["content"] for message in to_messages(conversation, [turn.answers[0] for turn in conversation.turns])
     )
     try:
         find_tags(text, len(conversation.images))
     except ValueError as error:
-        raise InputError(f"{where}: {error}") from None
+        raise InputError(f"{where}: {printable(str(error), 400)}") from None
+
+
+def _check_turn(turn: Turn, control: Sequence[str]) -> None:
+    """Raises a ValueError that begins with the field."""
+    if not isinstance(turn, Turn):
+        raise ValueError(f"expected a Turn, found {shown(turn)}")
+    _check_text_field("user", turn.user, control)
+    for name, kind in (("answers", "at least one answer"), ("choices", "all possible answers")):
+        texts = getattr(turn, name)
+        if not isinstance(texts, list | tuple) or (name == "answers" and not texts):
+            raise ValueError(f"{name}: expected a list with {kind}, found {shown(texts)}")
+        for index, text in enumerate(texts):
+            _check_text_field(f"{name}[{index}]", text, control)
+            if IMAGE_TAG.search(text):
+                raise ValueError(f"{name}[{index}]: expected image tags in user texts only, found {shown(text)}")
+    repeated = next((text for index, text in enumerate(turn.choices) if text in turn.choices[:index]), None)
+    if repeated is not None:
+        raise ValueError(f"choices: expected different answers, found {shown(repeated)} twice")
+    if not isinstance(turn.images, list | tuple):
+        raise ValueError(f"images: expected a list of pictures, found {shown(turn.images)}")
+    for index, image in enumerate(turn.images):
+        try:
+            check_picture(image)
+        except ValueError as error:
+            raise ValueError(f"images[{index}]: {error}") from None
+
+
+def _check_text_field(name: str, text: Any, control: Sequence[str]) -> None:
+    try:
+        check_text(text).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{name}: expected Unicode text, found half a surrogate pair in {shown(text)}") from None
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    token = next((token for token in control if token in text), None)
+    if token is not None:
+        raise ValueError(f"{name}: expected plain text, found the control token {token}; remove it")
+
+
+def check_unique_ids(ids: Iterable[str], place: Callable[[int], str]) -> None:
+    """Checks that no two samples of a split have the same id.
+
+    Args:
+        ids (Iterable[str]): of all samples of the split, in order.
+        place (Callable): number of a sample, from 0 -> where its row stands, see `reading.where`.
+
+    Raises:
+        InputError: with both places.
+    """
+    first: dict[str, int] = {}
+    for index, name in enumerate(ids):
+        if (earlier := first.setdefault(name, index)) != index:
+            raise InputError(
+                f"{place(index)}: sample {printable(name)}: id: expected an id of its own, found that of {place(earlier)}"
+            )

@@ -1,6 +1,7 @@
-"""Rows of a task as the features of a training data set."""
+"""Rows of a task, checked before a model is loaded, as the features of a training data set."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -10,22 +11,54 @@ from transformers import TrainerCallback
 
 from phi3v import Phi3VProcessor
 
-from ..errors import InputError
-from .conversation import Conversation, check_conversation, control_tokens
+from ..arguments import RecipeArguments
+from ..errors import InputError, ScriptError, describe_script_error
+from .conversation import Conversation, check_conversation, check_unique_ids, control_tokens
 from .encoding import check_length, count_tokens, encode_conversation
+from .fingerprint import Fingerprint, fingerprint
+from .images import load_images
+from .reading import first_rows, where
+from .schemas import row_id
+from .shown import printable
+
+# Rows whose texts are kept to show what has changed; of all others the digests are.
+ROWS_WITH_TEXT = 10_000
+MAX_BAD_ROWS = 0.01  # share of the rows
+
+
+@dataclass
+class BadRow:
+    """A row that cannot be used: its split, its number from 0, where it stands, and what is wrong with it."""
+
+    split: str
+    index: int
+    where: str
+    message: str
+
+
+@dataclass
+class _Checked:
+    """What one rank has found of its share of the rows, each with the row's number."""
+
+    lengths: list[tuple[int, int]] = field(default_factory=list)
+    fingerprints: list[tuple[int, Fingerprint]] = field(default_factory=list)
+    bad: list[BadRow] = field(default_factory=list)
+    fault: tuple[int, str] | None = None  # of the script's own code
 
 
 class ConversationDataset(torch.utils.data.Dataset):
-    """Rows of a task as features for training.
+    """Checked rows of a task as features for training; `build_dataset` makes one.
 
     Args:
         rows (Sequence): rows of the data set.
         to_conversation (Callable): row -> Conversation, the task's own.
         processor (Phi3VProcessor): its image processor's num_crops counts.
+        lengths (Sequence[int]): length in tokens of each row, with its longest answers.
         max_length (int, optional): longest sample allowed, in tokens.
         seed (int): chooses among several answers, with the row's id and the epoch.
-        batch_size (int): effective batch. The last optimizer step of an epoch is filled up with rows of the same epoch, others
-            in each, so that every step sees exactly this many samples however they are split into ranks and micro-batches.
+        fingerprints (list[Fingerprint]): of each row, on the first rank; empty on the others.
+        bad_rows (list[BadRow]): rows that were left out.
+        skip_bad (bool): a row that turns out to be damaged when it is read gives no sample, and a line; else an error.
     """
 
     def __init__(
@@ -33,14 +66,16 @@ class ConversationDataset(torch.utils.data.Dataset):
         rows: Sequence,
         to_conversation: Callable[[Any], Conversation],
         processor: Phi3VProcessor,
+        lengths: Sequence[int],
         max_length: int | None = None,
         seed: int = 0,
-        batch_size: int = 1,
+        fingerprints: Sequence[Fingerprint] = (),
+        bad_rows: Sequence[BadRow] = (),
+        skip_bad: bool = False,
     ):
         self.rows, self.to_conversation, self.processor = rows, to_conversation, processor
-        self.max_length, self.seed, self.batch_size = max_length, seed, batch_size
-        # Of the rows, in tokens, with their longest answers; `check` counts them.
-        self.lengths: list[int] | None = None
+        self.lengths, self.max_length, self.seed = lengths, max_length, seed
+        self.fingerprints, self.bad_rows, self.skip_bad = list(fingerprints), list(bad_rows), skip_bad
         # In shared memory, so that workers that live on from epoch to epoch see it too.
         self._epoch = torch.zeros((), dtype=torch.long).share_memory_()
 
@@ -49,67 +84,147 @@ class ConversationDataset(torch.utils.data.Dataset):
         self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
-        return -(-len(self.rows) // self.batch_size) * self.batch_size
+        return len(self.rows)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        conversation = self.to_conversation(self.rows[self._row(index)])
+    def __getitem__(self, index: int | None) -> dict[str, Any] | None:
+        """Features of a row, see `encode_conversation`; None for None, a place without a sample (see `StepSampler`)."""
+        if index is None:
+            return None
+        conversation = self.to_conversation(self.rows[index])
         try:
             return encode_conversation(conversation, self.processor, self.max_length, int(self._epoch), self.seed)
-        except InputError:
-            raise
+        except InputError as error:
+            if not self.skip_bad:
+                raise
+            print(f"skipped: {error}", flush=True)
+            return None
         except Exception as error:
             # A worker's traceback alone does not say which row it was.
             raise RuntimeError(f"sample {conversation.id} cannot be encoded: {error!r}") from error
 
-    def length(self, index: int) -> int:
-        """Length in tokens, with its longest answers, of the row that `index` stands for in this epoch, see `check`."""
-        return self.lengths[self._row(index)]
 
-    def _row(self, index: int) -> int:
-        if not 0 <= index < len(self):
-            raise IndexError(f"row {index} of {len(self)}")
-        if index < len(self.rows):
-            return index
-        return (index + int(self._epoch) * (len(self) - len(self.rows))) % len(self.rows)
+def build_dataset(
+    rows: Sequence,
+    to_conversation: Callable[[Any], Conversation],
+    processor: Phi3VProcessor,
+    args: RecipeArguments,
+    split: str,
+) -> ConversationDataset:
+    """Checks all rows, each rank its share (texts, tags, image headers, lengths), and makes a data set of them.
 
-    def check(self) -> None:
-        """Checks all rows before a model is loaded, each rank its share: texts, tags, image headers, lengths, which are kept.
+    Args:
+        rows (Sequence): rows of the data set, a list or a `datasets.Dataset`.
+        to_conversation (Callable): row -> Conversation, the task's own; the same row must always give the same.
+        processor (Phi3VProcessor): as for training.
+        args (RecipeArguments): max_length, seed, data_dir, on_bad_row, max_bad_rows; eval_size for the rows to answer.
+        split (str): "train" or "eval".
 
-        Raises:
-            InputError: for the first row that cannot be used, on every rank.
-        """
-        state, found, lengths = PartialState(), [], []
-        for index in range(state.process_index, len(self.rows), state.num_processes):
-            try:
-                lengths.append(self._check_row(index))
-            except InputError as error:
-                found.append((index, str(error)))
-                break
-        found = gather_object(found)
-        if found:
-            raise InputError(min(found)[1])
-        shares = gather_object([lengths])
-        self.lengths = [0] * len(self.rows)
-        for rank, share in enumerate(shares):
-            self.lengths[rank :: len(shares)] = share
+    Raises:
+        InputError: on every rank, for the first row that cannot be used, or with --on_bad_row skip for too many of them.
+        ScriptError: on every rank, if `to_conversation` itself fails.
+    """
+    purpose = {"train": "to train on", "eval": "to answer"}[split]
+    if not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__") or isinstance(rows, (str, dict)):
+        raise InputError(
+            f"load_splits: expected a list or datasets.Dataset of rows {purpose}, found {type(rows).__name__}; list(...) makes one"
+        )
+    if split == "eval":
+        rows = first_rows(rows, args.eval_size)
+    if split == "train" and not len(rows):
+        raise InputError("load_splits: expected at least one row to train on, found none")
+    state = PartialState()
+    share = range(state.process_index, len(rows), state.num_processes)
+    shares = gather_object([_check_share(rows, share, to_conversation, processor, args, split)])
+    faults = [checked.fault for checked in shares if checked.fault]
+    if faults:
+        raise ScriptError(min(faults)[1])
+    bad = sorted((row for checked in shares for row in checked.bad), key=lambda row: row.index)
+    _refuse_bad_rows(bad, len(rows), args, purpose)
+    known = sorted((pair for checked in shares for pair in checked.fingerprints), key=lambda pair: pair[0])
+    check_unique_ids((found.id for _, found in known), lambda number: where(rows[known[number][0]], known[number][0]))
+    lengths = _in_order(pair for checked in shares for pair in checked.lengths)
+    fingerprints = [found for _, found in known]
+    if bad:
+        left_out = {row.index for row in bad}
+        kept = [index for index in range(len(rows)) if index not in left_out]
+        rows = rows.select(kept) if hasattr(rows, "select") else [rows[index] for index in kept]
+    skip = args.on_bad_row == "skip"
+    return ConversationDataset(
+        rows,
+        to_conversation,
+        processor,
+        lengths,
+        args.max_length,
+        args.seed,
+        fingerprints if state.is_main_process else (),
+        bad,
+        skip,
+    )
 
-    def _check_row(self, index: int) -> int:
-        """Returns the row's length in tokens, with its longest answers."""
-        row = self.rows[index]
+
+def _in_order(pairs) -> list:
+    return [value for _, value in sorted(pairs, key=lambda pair: pair[0])]
+
+
+def _check_share(rows, share, to_conversation, processor, args: RecipeArguments, split: str) -> _Checked:
+    checked, skip = _Checked(), args.on_bad_row == "skip"
+    for index in share:
+        row = rows[index]
+        place, name = where(row, index), row_id(row)
+        name = place if name is None else f"{place} (id {printable(name)})"
         try:
-            conversation = self.to_conversation(row)
-        except (KeyError, TypeError, IndexError, AttributeError) as error:
-            name = f"sample {row['id']}" if "id" in row else f"row {index + 1}"
-            raise InputError(
-                f"{name}: expected the fields that this script's docstring names, found {', '.join(row)} ({error!r})"
-            ) from None
-        check_conversation(conversation, control_tokens(self.processor.tokenizer))
-        try:
-            length = count_tokens(conversation, self.processor)
+            length, known = _check_row(row, to_conversation, processor, args, skip and split == "eval")
+            if index == share[0] and fingerprint(to_conversation(row), args.data_dir) != known:
+                raise InputError(
+                    "to_conversation: expected the same conversation each time that it gets the same row, found another; "
+                    "several acceptable answers go into Turn(answers=[...])"
+                )
         except InputError as error:
-            raise InputError(f"sample {conversation.id}: {error}") from None
-        check_length(length, self.max_length, f"sample {conversation.id}")
-        return length
+            checked.bad.append(BadRow(split, index, place, f"{place}: {error}"))
+            if not skip:
+                break
+            continue
+        except Exception as error:
+            text = describe_script_error(error, name)
+            if text is None:
+                raise
+            checked.fault = index, text
+            break
+        if index >= ROWS_WITH_TEXT:
+            known.text = ""
+        checked.lengths.append((index, length))
+        checked.fingerprints.append((index, known))
+    return checked
+
+
+def _check_row(row, to_conversation, processor, args: RecipeArguments, decode: bool) -> tuple[int, Fingerprint]:
+    """The row's length in tokens, with its longest answers, and its fingerprint."""
+    conversation = to_conversation(row)
+    check_conversation(conversation, control_tokens(processor.tokenizer))
+    length = count_tokens(conversation, processor)
+    check_length(length, args.max_length, f"sample {printable(conversation.id)}")
+    if decode:
+        load_images(conversation)
+    return length, fingerprint(conversation, args.data_dir)
+
+
+def _refuse_bad_rows(bad: list[BadRow], count: int, args: RecipeArguments, purpose: str) -> None:
+    if not bad:
+        return
+    if args.on_bad_row == "stop":
+        raise InputError(bad[0].message)
+    most = int(count * MAX_BAD_ROWS) if args.max_bad_rows is None else args.max_bad_rows
+    if PartialState().is_main_process:
+        for row in bad:
+            print(f"skipped: {row.message}", flush=True)
+        print(f"skipped {len(bad)} of {count} rows {purpose}", flush=True)
+    if len(bad) > most:
+        raise InputError(
+            f"expected at most {most} bad rows of {count} {purpose}, found {len(bad)}, first {bad[0].message}; --max_bad_rows "
+            f"{len(bad)} takes them all"
+        )
+    if len(bad) == count:
+        raise InputError(f"expected at least one row {purpose} that can be used, found none: {bad[0].message}")
 
 
 class StartEpoch(TrainerCallback):

@@ -12,7 +12,9 @@ from phi3v.processing_phi3_v import find_tags
 
 from ..errors import InputError
 from .conversation import Conversation, check_conversation, control_tokens, to_messages
-from .images import image_size, load_images
+from .images import image_sizes, load_images
+from .lengths import conversation_lengths
+from .shown import printable
 
 
 def choose_answers(conversation: Conversation, epoch: int = 0, seed: int = 0) -> list[str]:
@@ -57,7 +59,7 @@ def encode_conversation(
     Raises:
         InputError: with the conversation's id, if it cannot be used.
     """
-    where = f"sample {conversation.id}"
+    where = f"sample {printable(conversation.id)}"
     check_conversation(conversation, control_tokens(processor.tokenizer))
     answers = choose_answers(conversation, epoch, seed)
     images, features = load_images(conversation), BatchFeature()
@@ -76,13 +78,9 @@ def encode_conversation(
 
 def count_tokens(conversation: Conversation, processor: Phi3VProcessor) -> int:
     """Length of the trained conversation in tokens, with its longest answers, from the headers of its images alone."""
-    sizes = [image_size(image) for image in conversation.images]
-    tokens = [processor.image_processor.calc_num_image_tokens_from_image_size(*size) for size in sizes]
-    longest = [
-        turn.answers[0] if len(turn.answers) == 1 else max(turn.answers, key=lambda text: len(processor.tokenize(text)))
-        for turn in conversation.turns
-    ]
-    return len(training_ids(conversation, longest, processor, tokens))
+    count = processor.image_processor.calc_num_image_tokens_from_image_size
+    tokens = [count(*size) for size in image_sizes(conversation)]
+    return conversation_lengths([conversation], [tokens], processor)[0]
 
 
 def check_length(length: int, max_length: int | None, where: str) -> None:

@@ -5,9 +5,10 @@ Reads every jsonl file of the folder or, where there is none, every json file, w
 - native (README): {"id", "conversations": [{"images", "user", "assistant"}]};
 - LLaVA or ShareGPT: {"id", "image" or "images": a path or a list, "conversations": [{"from", "value"}]}, where each
   `<image>` in a text stands for the next image;
-- OpenAI: {"messages": [{"role", "content"}]}, content a text, or parts of the types text, image_url and image.
+- OpenAI: {"messages": [{"role", "content"}]}, content a text, or parts of the types text, image_url and image;
+- of one task's own form, where its script's `to_conversation` is given.
 
-Image paths of the last two are relative to the folder or to its images/; system messages are put before the first user
+Image paths of chat formats are relative to the folder or to its images/; system messages are put before the first user
 text, an empty line between them. `convert` writes OUT/converted_SPLIT.jsonl and OUT/images/ (hard links where possible);
 there a row without an id gets FILE-LINE, and an id that is used again its line.
 """
@@ -18,16 +19,30 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
 
+from pydantic import ValidationError
+
 from ..errors import InputError
-from .conversation import Conversation, from_jsonl
-from .reading import resolve_images
+from .conversation import Conversation, check_conversation
+from .reading import Row, check_split, iterate_rows, resolve_images
+from .schemas import (
+    ChatMessage,
+    ChatPart,
+    ChatRow,
+    ConvertedRow,
+    chat_format,
+    describe_fault,
+    parse_row,
+    row_id,
+    sample_name,
+)
+from .shown import printable, shown
 
 MARK = "<image>"
 ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
@@ -44,12 +59,12 @@ class Fault:
 
     def __str__(self) -> str:
         line = f":{self.line}" if self.line else ""
-        return f"{self.file}{line}: {' '.join(self.message.splitlines()):.600}"
+        return f"{printable(self.file)}{line}: {printable(self.message, 1000)}"
 
 
 @dataclass
 class Sample:
-    """A row: where it stands, its native form with whole image paths, and its conversation."""
+    """A row: where it stands, its fields with whole image paths (native, but for a task's own), and its conversation."""
 
     file: Path
     line: int
@@ -59,15 +74,21 @@ class Sample:
     conversation: Conversation
 
     def fault(self, message: str) -> Fault:
-        return Fault(str(self.file), self.line, f"sample {self.conversation.id}: {message}")
+        return Fault(str(self.file), self.line, f"sample {printable(self.conversation.id)}: {message}")
+
+    @property
+    def images(self) -> dict[str, str | dict[str, Any]]:
+        """Its images by name, see `image_name`."""
+        return {image_name(source): source for source in self.conversation.images}
 
     @property
     def image_names(self) -> list[str]:
         return [image_name(source) for source in self.conversation.images]
 
 
-def image_name(source: str | dict[str, Any]) -> str:
-    return source["path"] if isinstance(source, dict) else source
+def image_name(source: Any) -> str:
+    """Path of an image, or what stands for the path of one that came as bytes."""
+    return str(source["path"] if isinstance(source, dict) else source)
 
 
 def split_of(path: Path) -> str:
@@ -88,95 +109,82 @@ def find_files(folder: Path) -> list[Path]:
     return files
 
 
-def read_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    """Line, from 1, and value of each row of a jsonl file or json list; in place of a broken row its InputError.
+def read_samples(
+    files: Sequence[Path],
+    to_conversation: Callable[[Any], Any] | None = None,
+    splits: Sequence[str] | None = None,
+) -> Iterator[Sample | Fault]:
+    """Each row of the files as a sample, or what is wrong with its fields.
 
-    Unlike `rows.iterate_jsonl` it goes on after a broken line.
+    Args:
+        files (Sequence[Path]): see `find_files`.
+        to_conversation (Callable, optional): a script's own, for rows of its task; without it rows are native or of a chat
+            format.
+        splits (Sequence[str], optional): names of the splits to read; by default all.
     """
-    with open(path, encoding="utf-8", errors="surrogateescape") as file:
-        if path.suffix == ".jsonl":
-            yield from ((number, _parse(line)[0]) for number, line in enumerate(file, 1) if line.strip())
-            return
-        text = file.read()
-    gap, line, start, position = re.compile(r"[\s,]*"), 1, 0, re.match(r"\s*\[?", text).end()
-    if text[position - 1 : position] != "[":
-        yield 1, InputError(f"expected a list of rows, found {text[position : position + 20]!r}; move other files away")
-        return
-    while True:
-        position = gap.match(text, position).end()
-        line, start = line + text.count("\n", start, position), position
-        if text[position : position + 1] == "]":
-            return
-        row, position = _parse(text, position)
-        yield line, row
-        if isinstance(row, InputError):
-            return
-
-
-def _parse(text: str, start: int | None = None) -> tuple[Any, int]:
-    """JSON value of a text, or that which begins at `start`, and where it ends; an InputError in place of a broken one."""
-    try:
-        if start is not None:
-            return json.JSONDecoder().raw_decode(text, start)
-        text.encode()
-        return json.loads(text), len(text)
-    except UnicodeEncodeError as error:
-        found = f"expected UTF-8 text, found the byte {ord(text[error.start]) - 0xDC00:#x}"
-    except json.JSONDecodeError as error:
-        found = f"expected a JSON object, found {error.msg} at column {error.colno}"
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, too deep nesting
-        found = f"expected a JSON object, found: {error}"
-    return InputError(found), 0
-
-
-def read_samples(files: list[Path]) -> Iterator[Sample | Fault]:
-    """Each row of the files as a sample, or what is wrong with its fields."""
-    used = set()
+    used: set[str] = set()
     for path in files:
+        in_rows = path.name.startswith("rows")
+        if splits is not None and not in_rows and split_of(path) not in splits:
+            continue
         line, found = None, "expected at least one row, found none"
         try:
-            for line, row in read_rows(path):
+            for line, row in iterate_rows(path):
                 try:
-                    yield _to_sample(path, line, row, used)
+                    if isinstance(row, InputError):
+                        raise row
+                    row = Row(row, f"{path}:{line}")
+                    if splits is None or not in_rows or row.get("split") in splits:
+                        yield _to_sample(path, line, row, used, to_conversation)
                 except InputError as error:
                     yield Fault(str(path), line, str(error))
-        except OSError as error:
-            line, found = None, f"expected a file with rows, found: {error.strerror}"
+        except InputError as error:
+            # The file is named beside the message.
+            line, found = None, str(error).removeprefix(f"{printable(str(path))}: ")
         if line is None:
             yield Fault(str(path), None, found)
 
 
-def _to_sample(path: Path, line: int, row: Any, used: set[str]) -> Sample:
-    if isinstance(row, InputError):
-        raise row
-    if not isinstance(row, dict):
-        raise InputError(f"expected a JSON object, found {type(row).__name__}")
-    where, turns = f"sample {row.get('id')}", row.get("conversations")
-    if "messages" not in row and "conversations" not in row:
-        raise InputError(
-            f'{where}: expected the field "conversations" (native, LLaVA, ShareGPT) or "messages" (OpenAI), found '
-            f"{', '.join(row) or 'no field'}; rows of one task's own form are checked by its script"
-        )
-    turn = turns[0] if isinstance(turns, list) and turns else None
-    native = "messages" not in row and not (isinstance(turn, dict) and ("from" in turn or "role" in turn))
+def _to_sample(path: Path, line: int, row: Row, used: set[str], to_conversation: Callable[[Any], Any] | None) -> Sample:
+    chat = to_conversation is None and chat_format(row) is not None
     split = split_of(path)
     if path.name.startswith("rows"):
-        split = row.get("split", None if native else "train")
-        if not isinstance(split, str) or not re.fullmatch(r"[\w-]+", split):
-            raise InputError(f'{where}: expected "split" with a name such as train or test, found {split!r}')
-    elif not native and split not in SPLITS:
+        split = "train" if chat and "split" not in row else _split_name(row)
+    elif chat and split not in SPLITS:
         split = "train"
-    if native:
-        try:
-            row = resolve_images(row, path.parent)
-        except InputError as error:
-            raise InputError(f"{where}: {error}") from None
-    else:
-        name = str(row["id"]) if isinstance(row.get("id"), str | int) else f"{path.stem}-{line}"
+    if to_conversation is None and not chat and "conversations" not in row:
+        raise InputError(
+            f'{sample_name(row)}expected the field "conversations" (native, LLaVA, ShareGPT) or "messages" (OpenAI), found '
+            f"{printable(', '.join(row)) or 'no field'}; --task reads rows of a task's own form"
+        )
+    if chat:
+        name = row_id(row) or f"{path.stem}-{line}"
         name = f"{name}-{line}" if name in used else name
         used.add(name)
-        row = to_native({**row, "id": name}, path.parent)
-    return Sample(path, line, split, native, row, from_jsonl(row))
+        native = to_native({**row, "id": name}, path.parent)
+        return Sample(path, line, split, False, native, parse_row(native, ConvertedRow).to_conversation())
+    try:
+        row = Row(resolve_images(row, path.parent), row.where)
+    except InputError as error:
+        raise InputError(f"{sample_name(row)}{error}") from None
+    if to_conversation is None:
+        return Sample(path, line, split, True, row, parse_row(row, ConvertedRow).to_conversation())
+    conversation = to_conversation(row)
+    # A script's own function may return anything, and the sample goes by its id.
+    check_conversation(conversation, ())
+    return Sample(path, line, split, True, row, conversation)
+
+
+def _split_name(row: Row) -> str:
+    try:
+        split = check_split(row)
+    except InputError as error:
+        raise InputError(str(error).removeprefix(f"{row.where}: ")) from None
+    if not re.fullmatch(r"[\w-]+", split):
+        raise InputError(
+            f"{sample_name(row)}split: expected the name of a split, such as train or test, found {shown(split)}"
+        )
+    return split
 
 
 def to_native(row: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -185,46 +193,47 @@ def to_native(row: dict[str, Any], folder: Path) -> dict[str, Any]:
     An image's tag `<|image_N|>` stands where its `<image>`, or its part of a message, stood.
 
     Raises:
-        InputError: with the row's id, if fields, roles, or images and `<image>` do not fit.
+        InputError: with the row's id and the field, if fields, roles, or images and `<image>` do not fit.
     """
-    where, sources, turns = f"sample {row['id']}", [], []
-    listed = row.get("images", row.get("image")) or []
-    waiting = list(listed) if isinstance(listed, list) else [listed]
-    count = len(waiting)
-    system = [row["system"]] if isinstance(row.get("system"), str) and row["system"] else []
-    messages = row.get("messages", row.get("conversations"))
+    where = sample_name(row)
+    try:
+        chat = ChatRow.model_validate(row)
+    except ValidationError as error:
+        raise InputError(f"{where}{describe_fault(error, row)}") from None
+    sources: list[str | dict[str, Any]] = []
+    waiting = list(chat.images)
+    system = [chat.system] if chat.system else []
+    turns: list[dict[str, Any]] = []
 
-    def tag(source) -> str:
+    def tag(source: str) -> str:
         sources.append(_locate(source, folder))
         return f"<|image_{len(sources)}|>"
 
-    def text_of(content) -> str:
-        if isinstance(content, str):
-            return re.sub(MARK, lambda mark: tag(waiting.pop(0)) if waiting else mark[0], content)
-        texts = []
-        for part in content:
-            if part["type"] == "text":
-                texts.append(part["text"])
-            else:
-                source = waiting.pop(0) if waiting and part["type"] not in part else part[part["type"]]
-                # A line break after the tag, as in the processor's chat template.
-                texts.append(tag(source["url"] if isinstance(source, dict) else source) + "\n")
-        return "".join(texts)
+    def text_of_part(part: ChatPart) -> str:
+        if part.type == "text":
+            return part.text
+        source = part.image if part.type == "image" else part.image_url
+        if source is None and waiting:
+            source = waiting.pop(0)
+        if source is None:
+            raise InputError(f"expected a path, file:// or data: in the part of type {part.type}, found none")
+        # A line break after the tag, as in the processor's chat template.
+        return tag(source) + "\n"
 
-    for number, message in enumerate(messages if isinstance(messages, list) else [messages], 1):
-        place = f"{where}, message {number}"
+    def text_of(message: ChatMessage) -> str:
+        if isinstance(message.content, str):
+            return re.sub(MARK, lambda mark: tag(waiting.pop(0)) if waiting else mark[0], message.content)
+        return "".join(map(text_of_part, message.content))
+
+    field = "messages" if "messages" in row else "conversations"
+    for index, message in enumerate(chat.messages):
+        place = f"{where}{field}[{index}]"
         placed = len(sources) if turns else 0
+        role, answered = ROLES[message.role], not turns or "assistant" in turns[-1]
         try:
-            role = ROLES.get(message["from"] if "from" in message else message["role"])
-            text = text_of(message["value"] if "value" in message else message["content"])
+            text = text_of(message)
         except InputError as error:
             raise InputError(f"{place}: {error}") from None
-        except (KeyError, TypeError, AttributeError):
-            raise InputError(
-                f'{place}: expected {{"from", "value"}} or {{"role", "content"}}, content a text or parts of the types text, '
-                f"image_url and image, found {message!r:.200}"
-            ) from None
-        answered = not turns or "assistant" in turns[-1]
         if role == "system" and not turns:
             system.append(text)
         elif role == "user" and answered:
@@ -234,27 +243,31 @@ def to_native(row: dict[str, Any], folder: Path) -> dict[str, Any]:
             turns[-1]["assistant"] = text
         else:
             expected = "user" if answered else "assistant"
-            raise InputError(f"{place}: expected one of the {expected}, found {message!r:.200}")
-    left = sum(str(text).count(MARK) for turn in turns for text in (turn["user"], turn.get("assistant", "")))
+            raise InputError(f"{place}: expected a message of the {expected}, found one of {message.role}")
+    if turns and "assistant" not in turns[-1]:
+        raise InputError(f"{where}{field}: expected an answer to the last message of the user, found none")
+    left = sum(text.count(MARK) for turn in turns for text in (turn["user"], turn["assistant"]))
     # Images that stand as parts of messages leave `<image>` a text like any other.
-    if waiting or (left and len(sources) == count):
-        found = count - len(waiting) + left
-        raise InputError(f"{where}: expected {count} placeholder(s) {MARK} for {count} image(s), found {found}")
+    if waiting or (left and len(sources) == len(chat.images)):
+        count, found = len(chat.images), len(chat.images) - len(waiting) + left
+        raise InputError(f"{where}expected {count} placeholder(s) {MARK} for {count} image(s), found {found}")
     return {"id": row["id"], "conversations": turns}
 
 
-def _locate(source: Any, folder: Path) -> str | dict[str, Any]:
+def _locate(source: str, folder: Path) -> str | dict[str, Any]:
     """Whole path of an image of a foreign row; of a data URI {"bytes", "path"}, the path made of its SHA-256."""
-    if not isinstance(source, str) or source.startswith(("http://", "https://")):
+    if source.startswith(("http://", "https://")):
         raise InputError(
-            f"expected a path, file:// or data: as image, found {source!r:.200}; download what is on the web"
+            f"expected a path, file:// or data: as image, found {shown(source)}; download what is on the web"
         )
     if source.startswith("data:"):
-        match = re.fullmatch(r"data:image/(\w+);base64,(.*)", source, re.DOTALL)
+        match = re.fullmatch(r"data:image/(\w+);base64,(.+)", source, re.DOTALL)
         try:
-            content = base64.b64decode(match[2], validate=True)
-        except (TypeError, ValueError):
-            raise InputError(f"expected data:image/TYPE;base64,..., found {source:.60}") from None
+            content = base64.b64decode(match[2], validate=True) if match else b""
+        except ValueError:
+            content = b""
+        if not match or not content:
+            raise InputError(f"expected data:image/TYPE;base64,..., found {shown(source)}")
         return {"bytes": content, "path": f"{hashlib.sha256(content).hexdigest()}.{match[1]}"}
     if source.startswith("file://"):
         source = unquote(urlparse(source).path)
@@ -270,11 +283,15 @@ def convert(folder: Path, out: Path) -> None:
     Raises:
         InputError: if OUT exists or cannot be written.
     """
-    part, names, files = out.with_name(f".{out.name}.{os.getpid()}"), {}, {}
+    part = out.with_name(f".{out.name}.{os.getpid()}")
+    names: dict[str, str] = {}
+    files: dict[str, Any] = {}
     try:
         (part / "images").mkdir(parents=True)
         with ExitStack() as stack:
             for sample in read_samples(find_files(folder)):
+                if isinstance(sample, Fault):
+                    raise InputError(f"{sample}; the folder has changed since it was checked")
                 for turn in sample.row["conversations"]:
                     turn["images"] = [
                         _place(source, folder, part / "images", names) for source in turn.get("images", [])

@@ -1,99 +1,180 @@
 """Images of a conversation: opened, measured by their headers, decoded and turned upright."""
 
+import errno
 import io
+import os
 import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from PIL import ExifTags, Image, ImageOps
 
 from ..errors import InputError
-from .conversation import Conversation
+from .conversation import Conversation, check_picture
+from .files import check_regular_file
+from .shown import printable
+
+# None whose decoder starts a program (EPS) or is seldom fed damaged files. What phones write as MPO opens as JPEG.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+MAX_IMAGE_PIXELS = 180_000_000
+# A variable of the environment reaches the workers of a DataLoader however they are started, forked or spawned.
+_LIMIT = "PHI3V_MAX_IMAGE_PIXELS"
+# A lack of this machine, not a fault of the image.
+_LACKS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+
+# Pillow warns at the limit; here it is an error.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+Result = TypeVar("Result")
 
 
-def open_image(source) -> Image.Image:
+def limit_pixels(count: int) -> None:
+    """Sets the largest image that is opened, for this process and for those that it starts.
+
+    Args:
+        count (int): width x height, in pixels; without a call `MAX_IMAGE_PIXELS` holds.
+    """
+    os.environ[_LIMIT] = str(count)
+    pixel_limit()
+
+
+def pixel_limit() -> int:
+    """The largest image that is opened, in pixels, see `limit_pixels`."""
+    limit = int(os.environ.get(_LIMIT, MAX_IMAGE_PIXELS))
+    # Pillow's own limit, which it also holds against the frames inside a file, is another one.
+    Image.MAX_IMAGE_PIXELS = limit
+    return limit
+
+
+def open_image(source: Any) -> Image.Image:
     """Opens an image; its pixels are read later, when they are needed.
 
     Args:
         source: path, PIL image, or {"bytes", "path"} of a `datasets.Image` column that does not decode.
 
     Raises:
-        InputError: if it is missing or not an image.
+        InputError: if it is missing, no regular file, of no format of `FORMATS`, or larger than `pixel_limit`.
     """
-    if isinstance(source, Image.Image):
-        return source
-    if source is None or (isinstance(source, dict) and source.get("bytes") is None and source.get("path") is None):
-        raise InputError(f"expected an image, found {source}")
-    if isinstance(source, dict):
-        name = source.get("path") or "image bytes"
-        source = io.BytesIO(source["bytes"]) if source.get("bytes") is not None else source["path"]
-    else:
-        name = source
+    limit, name = pixel_limit(), describe_source(source)
     try:
-        with warnings.catch_warnings():
-            # Pillow's warning at this size is an error here, at twice the size it is one anyway.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(source)
-    except FileNotFoundError:
-        raise InputError(f"{name}: expected an image file, found no such file") from None
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"{name}: expected an image, found: {error}") from None
-    except Image.DecompressionBombError as error:
-        raise InputError(
-            f"{name}: expected at most {Image.MAX_IMAGE_PIXELS} pixels (--max_image_pixels), found: {error}"
-        ) from None
-    if image.width * image.height > Image.MAX_IMAGE_PIXELS:
-        raise InputError(
-            f"{name}: expected at most {Image.MAX_IMAGE_PIXELS} pixels (--max_image_pixels), found {image.width} x {image.height}"
-        )
+        check_picture(source)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    if isinstance(source, Image.Image):
+        image = source
+    else:
+        if isinstance(source, dict):
+            source = io.BytesIO(source["bytes"]) if source.get("bytes") else source["path"]
+        if not isinstance(source, io.BytesIO):
+            check_regular_file(source, "an image file")
+        try:
+            image = _guarded(lambda: Image.open(source, formats=FORMATS), name)
+        except Image.DecompressionBombError as error:  # far above the limit
+            raise InputError(f"{name}: expected at most {limit} pixels (--max_image_pixels), found: {error}") from None
+    if image.width * image.height > limit:
+        size = f"{image.width} x {image.height}"
+        raise InputError(f"{name}: expected at most {limit} pixels (--max_image_pixels), found {size}")
     return image
 
 
-def image_size(source) -> tuple[int, int]:
+def image_size(source: Any) -> tuple[int, int]:
     """Width and height in pixels of an image turned upright, from its header alone.
 
     Args:
         source: see `open_image`.
 
     Raises:
-        InputError: if it is missing or not an image.
+        InputError: if `open_image` refuses it or its header is damaged.
     """
     image = open_image(source)
     try:
-        return image.size[::-1] if _orientation(image) >= 5 else image.size
-    except (OSError, SyntaxError, ValueError) as error:
-        raise InputError(f"{describe_source(source)}: expected a whole image, found: {error}") from None
+        turned = _guarded(lambda: _orientation(image) >= 5, describe_source(source))
+        return (image.height, image.width) if turned else image.size
     finally:
         if image is not source:
             image.close()
+
+
+def load_image(source: Any) -> Image.Image:
+    """An image, decoded to its end and turned upright.
+
+    Args:
+        source: see `open_image`.
+
+    Raises:
+        InputError: if `open_image` refuses it or it cannot be decoded to its end.
+    """
+    image = open_image(source)
+
+    def decode() -> Image.Image:
+        image.load()
+        # What a camera wrote beside the pixels; every viewer shows the picture turned that way.
+        return ImageOps.exif_transpose(image) if _orientation(image) != 1 else image
+
+    return _guarded(decode, describe_source(source))
 
 
 def load_images(conversation: Conversation) -> list[Image.Image]:
     """Images of a conversation, decoded and turned upright.
 
     Raises:
-        InputError: with the conversation's id and the file, if one is missing or cannot be decoded to its end.
+        InputError: with the conversation's id, the turn, the image and its file, see `load_image`.
     """
-    images = []
-    for source in conversation.images:
-        try:
-            image = open_image(source)
-            image.load()
-            # What a camera wrote beside the pixels; every viewer shows the picture turned that way.
-            images.append(ImageOps.exif_transpose(image) if _orientation(image) != 1 else image)
-        except InputError as error:
-            raise InputError(f"sample {conversation.id}: {error}") from None
-        except (OSError, SyntaxError, ValueError) as error:
-            raise InputError(
-                f"sample {conversation.id}: {describe_source(source)}: expected a whole image, found: {error}"
-            ) from None
-    return images
+    return _for_each_image(conversation, load_image)
+
+
+def image_sizes(conversation: Conversation) -> list[tuple[int, int]]:
+    """Width and height in pixels of each image of a conversation, from the headers alone.
+
+    Raises:
+        InputError: with the conversation's id, the turn, the image and its file, see `image_size`.
+    """
+    return _for_each_image(conversation, image_size)
+
+
+def describe_source(source: Any) -> str:
+    """An image as messages name it: its path, or what stands for one."""
+    if isinstance(source, dict):
+        source = source.get("path") or "image bytes"
+    if isinstance(source, str | os.PathLike):
+        return printable(os.fspath(source))
+    return "image"
+
+
+def _for_each_image(conversation: Conversation, function: Callable[[Any], Result]) -> list[Result]:
+    results = []
+    for number, turn in enumerate(conversation.turns, 1):
+        for index, source in enumerate(turn.images):
+            try:
+                results.append(function(source))
+            except InputError as error:
+                place = f"sample {printable(conversation.id)}, turn {number}: images[{index}]"
+                raise InputError(f"{place}: {error}") from None
+    return results
+
+
+def _guarded(function: Callable[[], Result], name: str) -> Result:
+    """Result of a call of Pillow; what a damaged file makes it raise becomes an InputError."""
+    try:
+        return function()
+    except (InputError, MemoryError):
+        raise
+    except Image.DecompressionBombError as error:  # far above the limit, or a frame inside the file is
+        limit = f"{pixel_limit()} pixels (--max_image_pixels)"
+        raise InputError(f"{name}: expected at most {limit}, found: {printable(str(error))}") from None
+    except Image.UnidentifiedImageError:
+        raise InputError(
+            f"{name}: expected a JPEG, PNG, WebP, BMP, GIF, TIFF or PPM image, found another format or a damaged header"
+        ) from None
+    except Exception as error:  # decoders raise a dozen kinds, whatever the damage leads them to
+        if isinstance(error, OSError) and error.errno in _LACKS:
+            raise
+        found = printable(str(error) or type(error).__name__)
+        raise InputError(f"{name}: expected a whole image, found: {found}") from None
 
 
 def _orientation(image: Image.Image) -> int:
     """EXIF orientation: 1 upright, 2 to 4 mirrored or upside down, 5 to 8 lying on a side; 1 if it makes no sense."""
     # Not image.getexif(): where a PNG's header holds no EXIF data, that decodes all of its pixels to look behind them.
     orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
-    return orientation if orientation in range(1, 9) else 1
-
-
-def describe_source(image) -> str:
-    return str((image.get("path") if isinstance(image, dict) else image) or "image")
+    return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1

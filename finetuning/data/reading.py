@@ -1,93 +1,178 @@
-"""Rows of the jsonl files of a folder."""
+"""Rows of the files of a folder, each with the place where it stands."""
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from .files import check_regular_file
+from .schemas import chat_format, conversion_advice, sample_name
+from .shown import printable, shown
 
 
-def iterate_jsonl(path: str | os.PathLike) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line number, from 1, and row of each line of a jsonl file, one JSON object a line; empty lines are skipped.
+class Row(dict):
+    """A row of a file.
+
+    Args:
+        values (Mapping): its fields.
+        where (str): file and line, from 1, such as "data/train.jsonl:17".
+    """
+
+    __slots__ = ("where",)
+
+    def __init__(self, values: Mapping[str, Any], where: str):
+        super().__init__(values)
+        self.where = where
+
+    def __reduce__(self):
+        return Row, (dict(self), self.where)
+
+
+def where(row: Any, index: int) -> str:
+    """Where a row stands, for messages: "train.jsonl:17" where it was read from a file, or else "row 17".
+
+    Args:
+        row: a row of any kind.
+        index (int): its number in the split, from 0; the message counts from 1, as lines do.
+    """
+    return getattr(row, "where", None) or f"row {index + 1}"
+
+
+def iterate_rows(path: str | os.PathLike) -> Iterator[tuple[int, dict[str, Any] | InputError]]:
+    """Line, from 1, and row of each line of a jsonl file, or of each object of the list that a json file holds.
+
+    In place of a row that cannot be read stands its InputError, so that a checker can go on; empty lines are skipped. In a
+    json list nothing can be read after a broken row.
+
+    Args:
+        path (path): the file; a name that ends with .json stands for a list.
 
     Raises:
-        InputError: with file and line, if the file cannot be read or a line is not a JSON object.
+        InputError: with the file, if it cannot be read.
     """
+    check_regular_file(path, "a file with rows")
     try:
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    found = f"{error.msg} at column {error.colno}"
-                    raise InputError(f"{path}:{number}: expected a JSON object, found {found}") from None
-                except (RecursionError, ValueError) as error:  # nested too deep, or a number of thousands of digits
-                    raise InputError(f"{path}:{number}: expected a JSON object, found: {error}") from None
-                if not isinstance(row, dict):
-                    raise InputError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
-                yield number, row
+        with open(path, encoding="utf-8", errors="surrogateescape") as file:
+            if Path(path).suffix == ".json":
+                yield from _parse_list(file.read())
+            else:
+                yield from ((number, _parse_line(line)) for number, line in enumerate(file, 1) if line.strip())
     except OSError as error:
-        raise InputError(f"{path}: expected a jsonl file, found: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: expected UTF-8 text, found {error.reason} at byte {error.start}") from None
+        raise InputError(f"{printable(os.fspath(path))}: expected a file with rows, found: {error.strerror}") from None
 
 
-def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """Rows of a jsonl file, see `iterate_jsonl`, with image paths resolved, see `resolve_images`.
+def _parse_line(line: str) -> dict[str, Any] | InputError:
+    try:
+        line.encode()
+    except UnicodeEncodeError as error:
+        return InputError(f"expected UTF-8 text, found the byte {ord(line[error.start]) - 0xDC00:#x}")
+    return _parse(line, None)[0]
+
+
+def _parse_list(text: str) -> Iterator[tuple[int, dict[str, Any] | InputError]]:
+    gap, line, start = re.compile(r"[\s,]*"), 1, 0
+    opening = re.match(r"\s*\[", text)
+    if not opening:
+        yield 1, InputError(f"expected a list of rows, found {shown(text[:40].strip())}; move other files away")
+        return
+    position = opening.end()
+    while True:
+        position = _end_of(gap, text, position)
+        line, start = line + text.count("\n", start, position), position
+        if text[position : position + 1] == "]":
+            return
+        row, end = _parse(text, position)
+        yield line, row
+        if end is None:
+            return
+        position = end
+
+
+def _end_of(pattern: re.Pattern, text: str, position: int) -> int:
+    match = pattern.match(text, position)
+    return match.end() if match else position
+
+
+def _parse(text: str, start: int | None) -> tuple[dict[str, Any] | InputError, int | None]:
+    """The object that is the whole text or begins at `start`, and where it ends, which broken JSON does not tell."""
+    end = len(text)
+    try:
+        if start is None:
+            row = json.loads(text)
+        else:
+            row, end = json.JSONDecoder().raw_decode(text, start)
+    except json.JSONDecodeError as error:
+        return InputError(f"expected a JSON object, found {error.msg} at column {error.colno}"), None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, too deep nesting
+        return InputError(f"expected a JSON object, found: {printable(str(error))}"), None
+    if not isinstance(row, dict):
+        return InputError(f"expected a JSON object, found {shown(row)}"), end
+    return row, end
+
+
+def read_jsonl(path: str | os.PathLike) -> list[Row]:
+    """Rows of a jsonl file, see `iterate_rows`, with image paths resolved, see `resolve_images`.
 
     Raises:
-        InputError: with file and line; also if there is no row.
+        InputError: with file, line and field; also if there is no row.
     """
-    rows = []
-    for number, row in iterate_jsonl(path):
+    name, rows = printable(os.fspath(path)), []
+    for number, row in iterate_rows(path):
+        place = f"{name}:{number}"
+        if isinstance(row, InputError):
+            raise InputError(f"{place}: {row}")
         try:
-            rows.append(resolve_images(row, Path(path).parent))
+            rows.append(Row(resolve_images(row, Path(path).parent), place))
         except InputError as error:
-            raise InputError(f"{path}:{number}: {error}") from None
+            raise InputError(f"{place}: {sample_name(row)}{error}") from None
     if not rows:
-        raise InputError(f"{path}: expected at least one row, found none")
+        raise InputError(f"{name}: expected at least one row, found none")
     return rows
 
 
-def resolve_images(row: dict[str, Any], folder: Path) -> dict[str, Any]:
+def resolve_images(row: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """The row with the image paths in its fields image, img, images and conversations made whole.
 
-    Paths are relative to the folder of the jsonl file, in `conversations` (the converted form) to its folder images/.
+    Paths are relative to the folder of the jsonl file, in `conversations` (the converted form) to its folder images/. A null
+    stays what it is: the row's model refuses it where an image belongs.
 
     Raises:
-        InputError: if one is not text or leaves the folder.
+        InputError: with the field, if one is no path or leaves the folder.
     """
-    row, folder = dict(row), os.fspath(folder)
-    for key in ("image", "img"):
-        if key in row:
-            row[key] = _inside(folder, row[key])
-    if isinstance(row.get("images"), list):
-        row["images"] = [_inside(folder, path) for path in row["images"]]
-    if isinstance(row.get("conversations"), list):
-        row["conversations"] = [
-            {**turn, "images": [_inside(os.path.join(folder, "images"), path) for path in turn["images"]]}
-            if isinstance(turn, dict) and isinstance(turn.get("images"), list)
-            else turn
-            for turn in row["conversations"]
-        ]
+    row, base = dict(row), os.fspath(folder)
+    for key in ("image", "img", "images"):
+        if row.get(key) is not None:
+            row[key] = _resolve(base, row[key], key)
+    turns = row.get("conversations")
+    if isinstance(turns, list):
+        base, row["conversations"] = os.path.join(base, "images"), list(turns)
+        for index, turn in enumerate(turns):
+            if isinstance(turn, dict) and turn.get("images") is not None:
+                field = f"conversations[{index}].images"
+                row["conversations"][index] = {**turn, "images": _resolve(base, turn["images"], field)}
     return row
 
 
-def _inside(folder: str, path) -> str:
+def _resolve(folder: str, value: Any, field: str) -> str | list[str]:
+    if isinstance(value, list):
+        return [_inside(folder, path, f"{field}[{index}]") for index, path in enumerate(value)]
+    return _inside(folder, value, field)
+
+
+def _inside(folder: str, path: Any, field: str) -> str:
     if not isinstance(path, str) or not path:
-        raise InputError(f"expected an image path, found {path!r}")
+        raise InputError(f"{field}: expected an image path, found {shown(path)}")
     whole = os.path.normpath(os.path.join(folder, path))
     try:
         inside = os.path.realpath(whole).startswith(os.path.join(_real(folder), ""))
     except ValueError:  # a null character or half a surrogate pair
         inside = False
     if not inside:
-        raise InputError(f"expected an image path inside {folder}, found {path!r}")
+        raise InputError(f"{field}: expected an image path inside {printable(folder)}, found {shown(path)}")
     return whole
 
 
@@ -98,7 +183,7 @@ def _real(folder: str) -> str:
 
 def read_splits(
     data_dir: str | os.PathLike, train: str = "train", evaluation: str | Sequence[str] = "test"
-) -> tuple[list[dict], list[dict]]:
+) -> tuple[list[Row], list[Row]]:
     """Rows of a folder to train on and to answer.
 
     Args:
@@ -108,31 +193,61 @@ def read_splits(
         evaluation (str | Sequence[str]): name of the split to answer, or several, of which the first that exists is taken.
 
     Raises:
-        InputError: if files or rows of a split are missing.
+        InputError: if files or rows of a split are missing, or a row cannot be read; with the command that converts the folder
+            where it holds a known chat format.
     """
     folder = Path(data_dir)
+    if not folder.is_dir():
+        raise InputError(f"--data_dir {printable(str(folder))}: expected a folder, found no such folder")
     wanted = [evaluation] if isinstance(evaluation, str) else list(evaluation)
     paths = sorted(folder.glob("rows*.jsonl"))
+    found: dict[str, list[Row]] = {}
     if paths:
-        splits = {}
+        splits: dict[str, list[Row]] = {}
         for row in (row for path in paths for row in read_jsonl(path)):
-            splits.setdefault(str(row.get("split")), []).append(row)
+            splits.setdefault(check_split(row), []).append(row)
         found = {name: splits[name] for name in (train, *wanted) if name in splits}
         files = ", ".join(path.name for path in paths)
         for names in ([train], wanted):
             if not any(name in found for name in names):
-                raise InputError(f'{folder / files}: expected rows with "split": "{" or ".join(names)}", found none')
+                expected = f'expected rows with "split": "{" or ".join(names)}"'
+                there = ", ".join(printable(name, 40) for name in list(splits)[:5])
+                raise InputError(f"{printable(str(folder / files))}: {expected}, found none (only {there})")
     else:
-        found = {}
         for names in ([train], wanted):
-            name, path = next(((name, path) for name in names for path in _split_files(folder, name)), (None, None))
+            candidates = ((name, path) for name in names for path in _split_files(folder, name))
+            name, path = next(candidates, (names[0], None))
             if path is None:
-                raise InputError(
-                    f"--data_dir {folder}: expected rows.jsonl with a field split, or {names[0]}.jsonl, found neither"
-                    + (f" (nor {', '.join(names[1:])})" if names[1:] else "")
-                )
+                others = f" (nor {', '.join(names[1:])})" if names[1:] else ""
+                missing = f"expected rows.jsonl with a field split, or {names[0]}.jsonl, found neither{others}"
+                raise InputError(f"--data_dir {printable(str(folder))}: {missing}{_advice(folder)}")
             found[name] = read_jsonl(path)
     return found[train], next(found[name] for name in wanted if name in found)
+
+
+def check_split(row: Row) -> str:
+    """The name in the field `split` of a row.
+
+    Raises:
+        InputError: with file and line, if it is missing or no name.
+    """
+    split = row.get("split")
+    if not isinstance(split, str) or not split.strip():
+        expected = "split: expected the name of a split, such as train or test"
+        raise InputError(f"{row.where}: {sample_name(row)}{expected}, found {shown(split)}")
+    return split
+
+
+def _advice(folder: Path) -> str:
+    """What a folder holds instead of splits, if its first row is of a known chat format."""
+    for path in sorted(folder.glob("*.jsonl")) or sorted(folder.glob("*.json")):
+        try:
+            _, row = next(iterate_rows(path), (0, None))
+        except InputError:
+            continue
+        if name := chat_format(row):
+            return f"; {conversion_advice(f'{name} in {printable(path.name)}')}"
+    return ""
 
 
 def _split_files(folder: Path, split: str) -> list[Path]:
@@ -140,14 +255,13 @@ def _split_files(folder: Path, split: str) -> list[Path]:
         return [folder / f"{split}.jsonl"]
     paths = sorted(folder.glob(f"*_{split}.jsonl"))
     if len(paths) > 1:
-        raise InputError(
-            f"{folder}: expected one file for the split {split}, found {', '.join(path.name for path in paths)}"
-        )
+        names = printable(", ".join(path.name for path in paths))
+        raise InputError(f"{printable(str(folder))}: expected one file for the split {split}, found {names}")
     return paths
 
 
-def take(rows: Sequence, count: int | None) -> Sequence:
+def first_rows(rows: Sequence, count: int | None) -> Sequence:
     """The first `count` rows of a list or of a `datasets.Dataset`; all of them without a count."""
     if count is None or count >= len(rows):
         return rows
-    return rows[:count] if isinstance(rows, list) else rows.select(range(count))
+    return rows[:count] if isinstance(rows, list) else rows.select(range(count))  # type: ignore[attr-defined]

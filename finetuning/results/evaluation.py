@@ -1,8 +1,9 @@
-"""Generates answers over all ranks, each row exactly once, in the data set's order."""
+"""Generates answers over all ranks, each question exactly once, in the data set's order; keeps and scores them."""
 
 import json
+import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -18,9 +19,15 @@ from phi3v.processing_phi3_v import IMAGE_TAG
 
 from ..arguments import RecipeArguments
 from ..data.conversation import Conversation, Turn, to_messages
+from ..data.dataset import ConversationDataset
+from ..data.fingerprint import digest, identify_picture
 from ..data.images import load_images
-from ..errors import Stopped
+from ..errors import InputError, ScriptError, Stopped, describe_script_error
+from ..training.checkpoint import read_manifest
+from ..training.identity import read_run
 from ..training.signals import stop_signals
+
+PREDICTIONS = "predictions.jsonl"
 
 
 @dataclass
@@ -35,6 +42,7 @@ class Prediction:
         answer (str): generated answer.
         choices (dict[str, float]): log-probability that the model gives to each choice of a closed question as its whole
             answer, in nats; empty for an open question.
+        asked (str): digest of all that the model was shown: texts, earlier answers, pictures, choices.
     """
 
     id: str
@@ -43,6 +51,7 @@ class Prediction:
     references: list[str]
     answer: str = ""
     choices: dict[str, float] = field(default_factory=dict)
+    asked: str = ""
 
 
 class _Prompts(Dataset):
@@ -51,24 +60,31 @@ class _Prompts(Dataset):
     Holds no image: rows are read again when their turn comes.
     """
 
-    def __init__(self, rows: Sequence, to_conversation: Callable[[Any], Conversation], processor: Phi3VProcessor):
-        self.rows, self.to_conversation, self.processor = rows, to_conversation, processor
+    def __init__(self, dataset: ConversationDataset, folder: str | None):
+        self.dataset = dataset
         self.questions, self.places = [], []
-        for index, row in enumerate(rows):
-            conversation = to_conversation(row)
-            for turn, asked in enumerate(conversation.turns):
-                choices = dict.fromkeys(asked.choices, 0.0)
-                self.questions.append(Prediction(conversation.id, turn, asked.user, asked.answers, "", choices))
-                self.places.append((index, turn))
+        for index, row in enumerate(dataset.rows):
+            conversation = dataset.to_conversation(row)
+            # All pictures, since a tag may name one of a later turn.
+            shown: list[Any] = [[identify_picture(source, folder) for source in conversation.images]]
+            for number, turn in enumerate(conversation.turns):
+                shown.append((turn.user, list(turn.choices)))
+                asked, choices = digest(shown).hex(), dict.fromkeys(turn.choices, 0.0)
+                self.questions.append(
+                    Prediction(conversation.id, number, turn.user, list(turn.answers), "", choices, asked)
+                )
+                self.places.append((index, number))
+                shown.append(turn.answers[0])
 
     def __len__(self):
         return len(self.places)
 
     def __getitem__(self, index):
         row, turn = self.places[index]
-        conversation = self.to_conversation(self.rows[row])
+        conversation = self.dataset.to_conversation(self.dataset.rows[row])
         earlier = [turn.answers[0] for turn in conversation.turns[:turn]]
-        prompt = self.processor.apply_chat_template(to_messages(conversation, earlier), add_generation_prompt=True)
+        messages = to_messages(conversation, earlier)
+        prompt = self.dataset.processor.apply_chat_template(messages, add_generation_prompt=True)
         # This turn and the ones before it may name some of the images only.
         numbers = sorted({int(number) for number in IMAGE_TAG.findall(prompt)})
         prompt = IMAGE_TAG.sub(lambda tag: f"<|image_{numbers.index(int(tag[1])) + 1}|>", prompt)
@@ -79,77 +95,106 @@ class _Prompts(Dataset):
         if not prompts:
             return None
         texts, images = zip(*prompts, strict=True)
-        return self.processor(list(texts), list(images), padding=True, padding_side="left")
+        return self.dataset.processor(list(texts), list(images), padding=True, padding_side="left")
 
 
-def generate_answers(
-    model,
-    processor: Phi3VProcessor,
-    rows: Sequence,
-    to_conversation: Callable[[Any], Conversation],
-    args: RecipeArguments,
-    stage: str,
-) -> list[Prediction]:
+def generate_answers(model, dataset: ConversationDataset, args: RecipeArguments, stage: str) -> list[Prediction]:
     """Answers every turn of every row greedily, on all ranks together.
 
     The ranks answer batch after batch side by side, and each batch is appended to `predictions.jsonl` in the output
-    folder at once, in the data set's order, with `stage` as its first field.
+    folder at once, in the data set's order, with `stage` as its first field. Answers that stand there already are not
+    generated again: those of a run that was stopped, and, where a conversation was changed since, those of all others.
 
     Args:
-        model: the model or PEFT model, on the run's device.
-        processor (Phi3VProcessor): as for training.
-        rows (Sequence): rows of the data set.
-        to_conversation (Callable): row -> Conversation, the same as for training.
+        model: the model or PEFT model, on the run's device; None where all answers are known to be kept.
+        dataset (ConversationDataset): the rows to answer.
         args (RecipeArguments): per_device_eval_batch_size, max_new_tokens, output_dir, precision.
         stage (str): "before" or "after".
 
     Returns:
         list[Prediction]: one for each question, on every rank.
     """
-    prompts = _Prompts(rows, to_conversation, processor)
+    prompts = _Prompts(dataset, args.data_dir)
     size, ranks, rank = args.per_device_eval_batch_size, args.world_size, args.process_index
+    path = Path(args.output_dir) / PREDICTIONS
+    by = _from_first(answering_model(args, stage) if rank == 0 else "", args)
+    kept = _from_first(_keep_answers(path, stage, by, prompts.questions, ranks * size) if rank == 0 else None, args)
+    predictions = {number: _answered(prompts.questions[number], kept[number]) for number in kept}
+    todo = [number for number in range(len(prompts)) if number not in predictions]
     # Round k covers the next `ranks x size` questions; a rank without any in the last round still takes part.
-    starts = range(rank * size, -(-len(prompts) // (ranks * size)) * ranks * size, ranks * size)
-    batches = [list(range(len(prompts))[start : start + size]) for start in starts]
-    path = Path(args.output_dir) / "predictions.jsonl"
-    predictions = _answered(path, stage, prompts.questions, ranks * size) if rank == 0 else None
-    predictions = _from_first(predictions, args)
-    batches = batches[len(predictions) // (ranks * size) :] if len(predictions) < len(prompts) else []
+    starts = range(rank * size, -(-len(todo) // (ranks * size)) * ranks * size, ranks * size)
+    batches = [todo[start : start + size] for start in starts]
     loader = DataLoader(
-        prompts, batch_sampler=batches, collate_fn=prompts.collate, num_workers=args.dataloader_num_workers
+        prompts,
+        batch_sampler=batches,
+        collate_fn=prompts.collate,
+        num_workers=args.dataloader_num_workers if todo else 0,
     )
-    model.eval()
+    if todo:
+        model.eval()
+    if todo and kept and rank == 0:
+        print(
+            f"{stage} training: {len(todo)} of {len(prompts)} questions are asked, the other answers are kept",
+            flush=True,
+        )
     bar = tqdm(
-        total=len(prompts),
-        initial=len(predictions),
-        desc=f"answers {stage} training",
-        disable=args.disable_tqdm or rank > 0,
+        total=len(prompts), initial=len(kept), desc=f"answers {stage} training", disable=args.disable_tqdm or rank > 0
     )
-    with open(path, "a", encoding="utf-8") if rank == 0 else nullcontext() as file, _precision(args):
+    # The other ranks write nothing.
+    with open(path if rank == 0 else os.devnull, "a", encoding="utf-8") as file, _precision(args):
         for batch, inputs in zip(batches, loader, strict=True):
             asked = [prompts.questions[index] for index in batch]
-            found = _generate(model, processor, inputs, asked, args) if batch else []
-            gathered = gather_object(found) if ranks > 1 else found
-            predictions += gathered
+            found = _generate(model, dataset.processor, inputs, asked, args) if batch else []
+            pairs = list(zip(batch, found, strict=True))
+            gathered = gather_object(pairs) if ranks > 1 else pairs
+            predictions.update(gathered)
             bar.update(len(gathered))
             if rank == 0:
-                lines = [json.dumps({"stage": stage, **asdict(item)}, ensure_ascii=False) + "\n" for item in gathered]
-                file.writelines(lines)
+                # One write for a round: of a round that is cut short nothing is kept.
+                file.write("".join(_line(stage, by, prediction) for _, prediction in gathered))
                 file.flush()
             if signum := stop_signals.agree(args.device):
                 raise Stopped(signum, f"{len(predictions)} of {len(prompts)} answers {stage} training are written")
     bar.close()
-    return predictions
+    answered = [predictions[number] for number in range(len(prompts))]
+    if rank == 0 and kept and todo:
+        _rewrite(path, stage, by, answered)
+    return answered
+
+
+def _answered(question: Prediction, kept: dict[str, Any]) -> Prediction:
+    return replace(question, answer=kept["answer"], choices=kept["choices"])
+
+
+def answering_model(args: RecipeArguments, stage: str) -> str:
+    """What the model that answers at a stage is known by: the run's settings, after training the final weights too."""
+    output = Path(args.output_dir)
+    run, manifest = read_run(output), read_manifest(output)
+    weights = None
+    if stage != "before" and manifest:
+        weights = {name: entry for name, entry in manifest["files"].items() if name.endswith(".safetensors")}
+    return digest(
+        [run and sorted(run["settings"].items()), weights and sorted(weights.items()), args.max_new_tokens]
+    ).hex()
+
+
+def _line(stage: str, by: str, prediction: Prediction) -> str:
+    return json.dumps({"stage": stage, "model": by, **asdict(prediction)}, ensure_ascii=False) + "\n"
 
 
 def read_predictions(path: Path) -> list[dict[str, Any]]:
     """Lines of predictions.jsonl; one that a run left half-written when it died is left out."""
     items = []
     if path.exists():
-        # Not splitlines: an answer may hold one of the other characters that end a line.
-        for line in path.read_text(encoding="utf-8").split("\n"):
-            with suppress(json.JSONDecodeError):
-                items.append(json.loads(line))
+        # Bytes, since a line may end inside a letter; not splitlines, since an answer may hold other line separators.
+        for line in path.read_bytes().split(b"\n"):
+            with suppress(ValueError):
+                item = json.loads(line)
+                if (
+                    isinstance(item, dict)
+                    and {"stage", "model", "id", "turn", "answer", "choices", "asked"} <= item.keys()
+                ):
+                    items.append(item)
     return items
 
 
@@ -158,34 +203,46 @@ def _from_first(value: Any, args: RecipeArguments) -> Any:
     return broadcast_object_list([value])[0] if args.world_size > 1 else value
 
 
-def remove_stage(folder: Path, stage: str) -> None:
-    """Drops what an earlier run into the same folder answered at this stage."""
-    path = folder / "predictions.jsonl"
-    _write_predictions(path, [item for item in read_predictions(path) if item["stage"] != stage])
-    (folder / f"eval_{stage}.json").unlink(missing_ok=True)
-
-
-def _write_predictions(path: Path, items: list[dict[str, Any]]) -> None:
+def _replace(path: Path, items: list[dict[str, Any]]) -> None:
     aside = path.with_suffix(".part")
     aside.write_text("".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items), encoding="utf-8")
     aside.replace(path)
 
 
-def _answered(path: Path, stage: str, questions: list[Prediction], per_round: int) -> list[Prediction]:
-    """What a run that was stopped has answered: whole rounds, so that the others are batched as they would have been."""
-    items = read_predictions(path)
-    found = [item for item in items if item["stage"] == stage]
-    same = [
-        (item["id"], item["turn"], item["question"]) == (question.id, question.turn, question.question)
-        for item, question in zip(found, questions, strict=False)
-    ]
-    count = same.index(False) if False in same else len(same)
-    count = count if count == len(questions) else count - count % per_round
-    _write_predictions(path, [item for item in items if item["stage"] != stage] + found[:count])
-    return [
-        replace(question, answer=item["answer"], choices=item["choices"])
-        for question, item in zip(questions, found[:count], strict=False)
-    ]
+def _rewrite(path: Path, stage: str, by: str, predictions: list[Prediction]) -> None:
+    """Puts the answers of a stage, some of them kept and some new, into the data set's order."""
+    others = [item for item in read_predictions(path) if item["stage"] != stage]
+    _replace(path, others + [{"stage": stage, "model": by, **asdict(prediction)} for prediction in predictions])
+
+
+def kept_answers(folder: Path, stage: str, by: str, questions: list[Prediction]) -> dict[int, dict[str, Any]]:
+    """Number of a question -> the answer that stands in predictions.jsonl, of this model to exactly what is asked now."""
+    found = {
+        (item["id"], item["turn"], item["asked"]): item
+        for item in read_predictions(folder / PREDICTIONS)
+        if item["stage"] == stage and item["model"] == by
+    }
+    places = {number: (question.id, question.turn, question.asked) for number, question in enumerate(questions)}
+    return {number: found[place] for number, place in places.items() if place in found}
+
+
+def _keep_answers(
+    path: Path, stage: str, by: str, questions: list[Prediction], per_round: int
+) -> dict[int, dict[str, Any]]:
+    """The answers that are not generated again.
+
+    While a stage is under way these are whole rounds from the first question on, so that the others are batched as they
+    would have been: padding changes the last bits of the logits. Once it was complete, every answer to the same question.
+    """
+    kept = kept_answers(path.parent, stage, by, questions)
+    if not (path.parent / f"eval_{stage}.json").exists():
+        first_missing = next((number for number in range(len(questions)) if number not in kept), len(questions))
+        whole = first_missing if first_missing == len(questions) else first_missing - first_missing % per_round
+        kept = {number: item for number, item in kept.items() if number < whole}
+    if path.exists():
+        others = [item for item in read_predictions(path) if item["stage"] != stage]
+        _replace(path, others + [kept[number] for number in sorted(kept)])
+    return kept
 
 
 def _precision(args: RecipeArguments):
@@ -226,14 +283,12 @@ def _log_probability(model, processor: Phi3VProcessor, inputs, choice: str) -> l
 
 def evaluate(
     model,
-    processor: Phi3VProcessor,
-    rows: Sequence,
-    to_conversation: Callable[[Any], Conversation],
+    dataset: ConversationDataset,
     score: Callable[[list[Prediction]], dict[str, float]],
     args: RecipeArguments,
     stage: str,
 ) -> dict[str, Any] | None:
-    """Answers all rows, scores the answers and writes `eval_<stage>.json`.
+    """Answers all rows as far as their answers are not kept, scores them and writes `eval_<stage>.json`.
 
     Args: see `generate_answers`; `score` gives the task's figures by name, first the main one; names with a slash are
     details that are written but not printed.
@@ -241,20 +296,26 @@ def evaluate(
     Returns:
         dict: the figures, num_answers, seconds, answers_unique and generated_texts_unique (first references and answers
         in the data set's order, once each row, as the published recipe names them); None if there are no rows.
+
+    Raises:
+        ScriptError: if `score` fails.
+        InputError: if it gives anything but figures.
     """
-    if not len(rows):
+    if not len(dataset):
         return None
     path = Path(args.output_dir) / f"eval_{stage}.json"
-    if _from_first(path.exists(), args):
-        # Of this run, before it was started again; `begin` has removed any other.
-        return json.loads(path.read_text(encoding="utf-8"))
+    earlier = _from_first(_read_evaluation(path), args)
     start = time.monotonic()
-    predictions = generate_answers(model, processor, rows, to_conversation, args, stage)
-    figures = score(predictions)
+    predictions = generate_answers(model, dataset, args, stage)
+    figures = _score(score, predictions)
+    if _is_of(earlier, figures, predictions):
+        return earlier
+    seconds = round(time.monotonic() - start, 2)
     result = {
         **figures,
         "num_answers": len(predictions),
-        "seconds": round(time.monotonic() - start, 2),
+        # A run that is started again keeps its answers, and the time that they took.
+        "seconds": max(seconds, earlier.get("seconds", 0)) if earlier else seconds,
         "ids": [prediction.id for prediction in predictions],
         "answers_unique": [prediction.references for prediction in predictions],
         "generated_texts_unique": [prediction.answer for prediction in predictions],
@@ -263,8 +324,78 @@ def evaluate(
         aside = path.with_suffix(".part")
         aside.write_text(json.dumps(result, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
         aside.replace(path)
-        figures = ", ".join(f"{name} {value:.4f}" for name, value in figures.items() if "/" not in name)
-        print(
-            f"{stage} training: {figures} ({len(predictions)} answers, {result['seconds']:.0f} s) -> {path}", flush=True
-        )
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in figures.items() if "/" not in name)
+        print(f"{stage} training: {shown} ({len(predictions)} answers, {seconds:.0f} s) -> {path}", flush=True)
     return result
+
+
+def _is_of(evaluation: dict[str, Any], figures: dict[str, float], predictions: list[Prediction]) -> bool:
+    """Whether a file `eval_<stage>.json` says just these figures and answers."""
+    lists = {"ids", "answers_unique", "generated_texts_unique", "num_answers", "seconds"}
+    return (
+        {name: value for name, value in evaluation.items() if name not in lists} == figures
+        and evaluation.get("ids") == [prediction.id for prediction in predictions]
+        and evaluation.get("answers_unique") == [prediction.references for prediction in predictions]
+        and evaluation.get("generated_texts_unique") == [prediction.answer for prediction in predictions]
+    )
+
+
+def _read_evaluation(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def _score(score: Callable[[list[Prediction]], dict[str, float]], predictions: list[Prediction]) -> dict[str, float]:
+    try:
+        figures = score(predictions)
+    except (InputError, ScriptError):
+        raise
+    except Exception as error:
+        text = describe_script_error(error)
+        if text is None:
+            raise
+        raise ScriptError(
+            f"{text}\nThe answers are kept: with the fault mended, the same command goes on from them"
+        ) from None
+    expected = 'expected figures by name such as {"accuracy": 0.5}'
+    if not isinstance(figures, dict) or not figures:
+        raise InputError(f"score: {expected}, found {figures!r:.100}")
+    for name, value in figures.items():
+        try:
+            finite = isinstance(name, str) and not isinstance(value, str) and abs(float(value)) < float("inf")
+        except (TypeError, ValueError):
+            finite = False
+        if not finite:
+            raise InputError(f"score: {expected}, finite numbers, found {name!r:.50}: {value!r:.50}")
+    return {name: float(value) for name, value in figures.items()}
+
+
+def score_again(
+    dataset: ConversationDataset, score: Callable[[list[Prediction]], dict[str, float]], args: RecipeArguments
+) -> bool:
+    """For a finished run: scores its kept answers with today's `score`, if they are all there; else returns False."""
+    questions = _Prompts(dataset, args.data_dir).questions
+    folder, stages = Path(args.output_dir), ("before", "after")
+    found = None
+    if args.process_index == 0:
+        found = {stage: kept_answers(folder, stage, answering_model(args, stage), questions) for stage in stages}
+    kept_by_stage = _from_first(found, args)
+    if any(len(kept) < len(questions) for kept in kept_by_stage.values()):
+        return False
+    if args.process_index == 0:
+        print(
+            f"this run is finished, nothing is trained or asked; --overwrite_output_dir starts afresh ({folder})",
+            flush=True,
+        )
+    for stage in stages if questions else ():
+        path = folder / f"eval_{stage}.json"
+        earlier = _from_first(_read_evaluation(path), args)
+        kept = kept_by_stage[stage]
+        predictions = [_answered(question, kept[number]) for number, question in enumerate(questions)]
+        if not _is_of(earlier, _score(score, predictions), predictions):
+            if args.process_index == 0:
+                print(f"{stage} training: the kept answers are scored again", flush=True)
+            evaluate(None, dataset, score, args, stage)
+    return True

@@ -3,7 +3,7 @@
 import base64
 import io
 import json
-from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,9 @@ import jinja2
 from matplotlib.figure import Figure
 
 from ..arguments import RecipeArguments
-from ..data.conversation import Conversation
+from ..data.dataset import ConversationDataset
 from ..data.images import load_images
+from ..training.identity import read_run
 from .evaluation import read_predictions
 from .metrics import exact_match
 
@@ -100,29 +101,22 @@ def plot_confusion(references: list[list[str]], answers: list[str]) -> Figure | 
     return figure
 
 
-def write_report(
-    args: RecipeArguments,
-    title: str,
-    description: str,
-    log_history: list[dict[str, float]],
-    rows: Sequence,
-    to_conversation: Callable[[Any], Conversation],
-) -> Path:
+def write_report(args: RecipeArguments, title: str, dataset: ConversationDataset) -> None:
     """Writes curves.png, report.html and, for a few classes, confusion.png into the output folder, from what the run has left there.
 
-    Every text is escaped, and the page holds only pictures that are drawn here.
+    Every text is escaped, and the page holds only pictures that are drawn here. The first rank alone writes.
 
     Args:
         args (RecipeArguments): for the output folder.
-        title (str): heading of the page.
-        description (str): what was trained, as `describe` printed it.
-        log_history (list[dict]): `trainer.state.log_history`.
-        rows, to_conversation: evaluation rows, as given to `evaluate`.
-
-    Returns:
-        Path: report.html.
+        title (str): heading of the page; of a longer text its first line.
+        dataset (ConversationDataset): the rows that were answered.
     """
-    folder = Path(args.output_dir)
+    if args.process_index:
+        return
+    folder, title = Path(args.output_dir), title.splitlines()[0]
+    description = (read_run(folder) or {}).get("summary", "")
+    state = folder / "trainer_state.json"
+    log_history = json.loads(state.read_text(encoding="utf-8"))["log_history"] if state.exists() else []
     figure = plot_curves(log_history)
     if figure:
         figure.savefig(folder / "curves.png", dpi=120)
@@ -142,10 +136,15 @@ def write_report(
         stage: iter([item["answer"] for item in predictions if item["stage"] == stage]) for stage in ("before", "after")
     }
     shown = []
-    for row in list(rows)[:MAX_ROWS]:
-        conversation = to_conversation(row)
+    for row in islice(dataset.rows, MAX_ROWS):
+        conversation = dataset.to_conversation(row)
         for turn, asked in enumerate(conversation.turns):
-            item = {"id": conversation.id, "question": asked.user, "references": asked.answers, "images": []}
+            item: dict[str, Any] = {
+                "id": conversation.id,
+                "question": asked.user,
+                "references": asked.answers,
+                "images": [],
+            }
             if turn == 0:
                 item["images"] = [_thumbnail(image) for image in load_images(conversation)]
             for stage in ("before", "after"):
@@ -162,13 +161,15 @@ def write_report(
         rows=shown,
         total=results["after"].get("num_answers", 0),
     )
-    path = folder / "report.html"
-    path.write_text(html, encoding="utf-8")
-    return path
+    aside = folder / "report.html.part"
+    aside.write_text(html, encoding="utf-8")
+    aside.replace(folder / "report.html")
+    print(f"report -> {folder / 'report.html'}", flush=True)
 
 
 def _matches(answer: str | None, references: list[str]) -> bool:
-    return answer is not None and answer.strip().lower() in {reference.strip().lower() for reference in references}
+    # As the tasks' own scores compare: "Yes" is right where "Yes." is expected.
+    return answer is not None and exact_match(answer, references)
 
 
 def _figure(value) -> str:

@@ -70,7 +70,7 @@ def load_model(args: RecipeArguments) -> PreTrainedModel:
             folder,
             trust_remote_code=False,
             dtype=args.compute_dtype,
-            attn_implementation=args.kernel,
+            attn_implementation=args.attention,
             quantization_config=nf4(args.compute_dtype) if args.use_qlora else None,
             device_map={"": args.device},
             output_loading_info=True,

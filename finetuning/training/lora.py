@@ -32,7 +32,7 @@ def add_lora(model, args: RecipeArguments):
     config = LoraConfig(
         r=args.lora_rank,
         # Kept whole where it is: PEFT writes it into adapter_config.json.
-        lora_alpha=int(alpha) if alpha.is_integer() else alpha,
+        lora_alpha=int(alpha) if alpha.is_integer() else alpha,  # type: ignore[arg-type]
         lora_dropout=args.lora_dropout,
         target_modules=LANGUAGE_TARGETS + ([] if args.freeze_vision_model else VISION_TARGETS),
         exclude_modules=rf".*\.vision_model\.encoder\.layers\.{last}\..*",

@@ -1,261 +1,151 @@
-"""The Hugging Face Trainer, with checkpoints that are whole or not there, stops that lose nothing, and balanced micro-batches."""
+"""The Hugging Face Trainer for these recipes: its public hooks, and one private method."""
 
-import json
-import os
 import shutil
-from collections.abc import Callable, Iterator
-from heapq import heappop, heappush
-from itertools import count, islice
 from pathlib import Path
+from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from safetensors import SafetensorError
-from transformers import Trainer
-from transformers.trainer_utils import rotate_checkpoints
+from transformers import Trainer, TrainerState
+from transformers.trainer_utils import TrainOutput
 
-from ..errors import RunError, Stopped
-from .callbacks import keep_text_activations
-from .checkpoint import SAVING, SETTINGS, find_checkpoints
-from .signals import stop_signals
-
-NONFINITE_IN_A_ROW = 10
+from ..arguments import RecipeArguments
+from ..data.dataset import StartEpoch
+from ..data.sampler import StepSampler
+from ..errors import RunError
+from .callbacks import (
+    GradientCheck,
+    NonFiniteCheck,
+    PendingLoss,
+    PrepareTraining,
+    SealCheckpoint,
+    StopOnSignal,
+    last_checkpoint,
+)
+from .checkpoint import final_files, seal
+from .identity import read_run
+from .weights import load_weights
 
 
 class RecipeTrainer(Trainer):
-    """A Trainer for `RecipeArguments`: batches of `DataCollatorForPhi3V`, whose `ids` name samples in messages."""
+    """A Trainer for `RecipeArguments`, `ConversationDataset` and batches of `DataCollatorForPhi3V`.
 
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        self._saving, self._saved_step = False, None
-        self._ids, self._losses, self._nonfinite = [], [], 0
-        stop_signals.install()
+    Over the Trainer's own behaviour: every row once an epoch, checkpoints and final weights that are sealed, stops on
+    signals that lose nothing, no step that is not finite, and a finished run that is not trained again.
+    """
 
-    # ---- micro-batches
+    args: RecipeArguments
+
+    def __init__(self, model, args, callbacks=(), **kwargs):
+        self._nonfinite, self._pending, self._saved_step = NonFiniteCheck(), PendingLoss(), None
+        # A signal stops the run once the checkpoint is sealed, so it comes last.
+        own = [StartEpoch(), PrepareTraining(), GradientCheck(model), self._nonfinite, self._pending, SealCheckpoint()]
+        super().__init__(model=model, args=args, callbacks=[*own, *callbacks, StopOnSignal()], **kwargs)
+        # The model smooths by itself: transformers' smoother shifts the labels of models that it knows by name only.
+        self.label_smoother = None
 
     def get_train_dataloader(self):
-        loader, dataset = super().get_train_dataloader(), self.train_dataset
-        micro_batch, batch_size = self._train_batch_size, self.get_total_train_batch_size(self.args)
-        ranks = batch_size // micro_batch // self.args.gradient_accumulation_steps
-        random_order = self.args.train_sampling_strategy == "random"
-        if getattr(dataset, "lengths", None) and random_order and micro_batch * ranks > 1:
-            # Around the sampler that accelerate has seeded. One of `_get_train_sampler`'s it would not seed, nor would `set_epoch`
-            # reach it where a resumed epoch begins in its middle.
-            loader.set_sampler(
-                BalancedSampler(
-                    loader.get_sampler(), dataset.length, batch_size, micro_batch, ranks, self.args.padding_free
-                )
+        loader, args = super().get_train_dataloader(), self.args
+        # Around the sampler that accelerate has seeded. One of `_get_train_sampler`'s it would not seed, nor would
+        # `set_epoch` reach it where a resumed epoch begins in its middle.
+        loader.set_sampler(
+            StepSampler(
+                loader.get_sampler(),
+                self.train_dataset.lengths.__getitem__,
+                args.batch_size,
+                args.per_device_train_batch_size,
+                args.world_size,
+                args.padding_free,
+                args.dataloader_drop_last,
             )
+        )
         return loader
 
-    # ---- checkpoints: written aside, synced, renamed
+    def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None) -> TrainOutput:
+        """Trains, or takes the weights of a run or checkpoint that has nothing left to train."""
+        nothing = TrainOutput(self.state.global_step, 0.0, {})
+        if not self.args.do_train:
+            return nothing
+        if resume_from_checkpoint is not None:
+            folder = Path(resume_from_checkpoint)
+            state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
+            if state.global_step >= state.max_steps:
+                # Resumed at its last step, the Trainer would train one more.
+                self.state, best = state, state.best_model_checkpoint
+                if self.args.load_best_model_at_end and best and folder != Path(self.args.output_dir):
+                    folder = Path(best)
+                load_weights(self.model, folder)
+                if self.is_world_process_zero():
+                    print(f"nothing is left to train: the weights of {folder} are taken", flush=True)
+                return nothing
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
-    def _get_output_dir(self, trial):
-        folder = super()._get_output_dir(trial)
-        return os.path.join(folder, SAVING) if self._saving else folder
-
-    def _save_checkpoint(self, model, trial):
-        if self.state.global_step == self._saved_step:
-            return
-        output = Path(self.args.output_dir)
-        aside, name = output / SAVING, f"checkpoint-{self.state.global_step}"
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        self._saving = True
-        try:
-            super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                self._complete(aside / name)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            shutil.rmtree(aside, ignore_errors=True)
-            reason = next((line for line in str(error).splitlines() if line.strip()), repr(error))
-            free = shutil.disk_usage(output).free / 1e9
-            raise RunError(
-                f"{output / name} could not be written: {reason} ({free:.3f} GB are free there); {self._last_checkpoint()}"
-            ) from error
-        finally:
-            self._saving, self.args.save_total_limit = False, limit
-        if self.args.should_save:
-            shutil.rmtree(output / name, ignore_errors=True)
-            (aside / name).rename(output / name)
-            _sync(output)
-            shutil.rmtree(aside, ignore_errors=True)
-            rotate_checkpoints(str(output), limit, self.state.best_model_checkpoint)
-        self._saved_step = self.state.global_step
-        self.accelerator.wait_for_everyone()
-
-    def _complete(self, folder: Path):
-        """Adds the run's settings, corrects what the Trainer has noted of the place, and writes all through to the disk."""
-        if self.state.best_global_step:
-            best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
-            self.state.best_model_checkpoint = str(best)
-            self.state.save_to_json(str(folder / "trainer_state.json"))
-        settings = Path(self.args.output_dir) / SETTINGS
-        if settings.exists():
-            shutil.copy(settings, folder / SETTINGS)
-        for path in folder.rglob("*"):
-            _sync(path)
-        _sync(folder)
-
-    def _last_checkpoint(self) -> str:
-        found = find_checkpoints(Path(self.args.output_dir))
-        return (
-            f"the last good checkpoint is {found[0]}, the same command goes on from it"
-            if found
-            else "there is no checkpoint yet"
-        )
-
-    # The sum of losses since the last log belongs to the state: without it the first loss that a resumed run logs would be
-    # another one. Saved and loaded with the random numbers, which are each rank's own, too.
-
-    def _save_rng_state(self, output_dir):
-        super()._save_rng_state(output_dir)
-        pending = [self._tr_loss.item(), self._globalstep_last_logged]
-        (Path(output_dir) / f"loss_{self.args.process_index}.json").write_text(json.dumps(pending))
-
-    def _load_rng_state(self, checkpoint):
-        super()._load_rng_state(checkpoint)
-        path = Path(checkpoint) / f"loss_{self.args.process_index}.json"
-        if path.exists():
-            loss, self._globalstep_last_logged = json.loads(path.read_text())
-            self._tr_loss += loss
-
-    # ---- stops
-
-    def _run_epoch(self, **kwargs):
-        # Resumed at its last step, the Trainer would train one more.
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-            return
-        super()._run_epoch(**kwargs)
-
-    def _maybe_log_save_evaluate(self, *args, **kwargs):
-        signum = stop_signals.agree(self.args.device)
-        self.control.should_save |= bool(signum)
-        super()._maybe_log_save_evaluate(*args, **kwargs)
-        if signum:
-            raise Stopped(signum, f"checkpoint-{self.state.global_step} is written to {self.args.output_dir}")
-
-    # ---- losses and gradients that are not finite
-
-    def _prepare_inputs(self, inputs):
-        inputs = dict(inputs)
-        self._ids = inputs.pop("ids", [])
-        return super()._prepare_inputs(inputs)
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        inputs = {name: value for name, value in inputs.items() if name != "ids"}
+        if self.args.label_smoothing_factor and model.training:
+            inputs["label_smoothing"] = self.args.label_smoothing_factor
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
-        self._losses.append((self._ids, loss))
-        return loss.nan_to_num(0, 0, 0)
+        self._nonfinite.note(inputs["ids"], loss)
+        loss = loss.nan_to_num(0, 0, 0)
+        self._pending.add(loss)
+        return loss
 
-    def _prepare_for_training(self, *args, **kwargs):
-        if self.args.recompute == "vision":
-            keep_text_activations(self.model)
-        prepared = super()._prepare_for_training(*args, **kwargs)
-        if self.is_deepspeed_enabled:
-            # So that it leaves such a step out in float32 too.
-            self.optimizer.optimizer.check_grad_overflow = True
-        return prepared
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        if "loss" in logs:
+            logs["loss"] = self._pending.take(self.state)
+        super().log(logs, *args, **kwargs)
 
-    def _get_grad_norm(self, model, grad_norm=None):
-        """Called before the optimizer's step; DeepSpeed's step is done by then, or was left out."""
-        grad_norm = super()._get_grad_norm(model, grad_norm)
-        losses, self._losses = self._losses, []
-        if self.is_deepspeed_enabled:
-            finite = not self.optimizer.step_was_skipped
-        else:
-            finite = bool(torch.as_tensor(grad_norm).isfinite())
-        if finite:
-            self._nonfinite = 0
-            return grad_norm
-        bad = gather_object([name for ids, loss in losses if not loss.isfinite() for name in ids])
-        if self.args.fp16 and not bad:
-            # Loss scaling finds its scale so.
-            return grad_norm
-        self._nonfinite += 1
-        names = bad or gather_object([name for ids, _ in losses for name in ids])
-        what = "loss" if bad else "gradient"
-        message = f"step {self.state.global_step + 1}: the {what} of {', '.join(names)} is not finite"
-        if self.args.on_nonfinite == "stop" or self._nonfinite >= NONFINITE_IN_A_ROW:
-            raise RunError(
-                f"{message}; {self._last_checkpoint()}. A lower --learning_rate or --bf16 may help; --on_nonfinite skip leaves "
-                f"such steps out (up to {NONFINITE_IN_A_ROW} in a row)"
-            )
-        if self.args.process_index == 0:
-            print(f"skipped: {message}", flush=True)
-        if not self.is_deepspeed_enabled:
-            for parameter in model.parameters():
-                parameter.grad = None
-        return grad_norm
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves and, for the run's final weights, seals them; those of a finished run stay as they are."""
+        if output_dir is not None or _internal_call:
+            super().save_model(output_dir, _internal_call)
+            return
+        output = Path(self.args.output_dir)
+        if not self.args.do_train or self.args.resume_from_checkpoint == str(output):
+            return
+        with _disk_errors(output, "the final weights", self.args.output_dir):
+            super().save_model()
+            self.save_state()
+            run: dict[str, Any] = read_run(output) or {}
+            facts = {"step": self.state.global_step, "identity": run.get("identity")}
+            self.accelerator.wait_for_everyone()
+            seal(output, facts, final_files(output))
+
+    def _save_checkpoint(self, model, trial):
+        # Private: no public hook stands around the writing of all of a checkpoint's files, and only there can a full disk be
+        # told from other errors (torch and safetensors raise RuntimeErrors of their own for it).
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if self._saved_step == self.state.global_step:
+            return
+        if self.args.should_save:
+            # Left by a run that died while it wrote, or that was not taken.
+            shutil.rmtree(folder, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        with _disk_errors(folder, str(folder), self.args.output_dir):
+            super()._save_checkpoint(model, trial)
+        self._saved_step = self.state.global_step
 
 
-class BalancedSampler(torch.utils.data.Sampler):
-    """The order of another sampler, its samples arranged by length within each optimizer step.
+class _disk_errors:
+    """Turns what goes wrong while files are written into one line that says what is left."""
 
-    The ranks wait for each other, so micro-batches that are run at the same time should cost the same. Padded, samples of like
-    length share a micro-batch, so that little is padded. Padding-free, micro-batches get like sums of lengths, which bounds
-    the memory too. The loss is normalised over the step: another arrangement of its samples changes nothing but rounding.
+    def __init__(self, folder: Path, what: str, output_dir: str):
+        self.folder, self.what, self.output_dir = folder, what, output_dir
 
-    Args:
-        sampler (Sampler): settles which samples form a step.
-        length (Callable): index of a sample -> its length in tokens, in the epoch that runs.
-        batch_size (int): samples of an optimizer step, ranks x micro-batch x accumulation.
-        micro_batch (int): samples at once on each rank.
-        ranks (int): processes to which the micro-batches are dealt in turns.
-        padding_free (bool): a micro-batch costs the sum of its lengths, not its longest length for each sample.
-    """
+    def __enter__(self):
+        return self
 
-    def __init__(
-        self, sampler, length: Callable[[int], int], batch_size: int, micro_batch: int, ranks: int, padding_free: bool
-    ):
-        self.sampler, self.length, self.batch_size = sampler, length, batch_size
-        self.micro_batch, self.ranks, self.padding_free = micro_batch, ranks, padding_free
-
-    def __len__(self) -> int:
-        return len(self.sampler)
-
-    def set_epoch(self, epoch: int) -> None:
-        if hasattr(self.sampler, "set_epoch"):
-            self.sampler.set_epoch(epoch)
-
-    def __iter__(self) -> Iterator[int]:
-        order = iter(self.sampler)
-        for step in count():
-            samples = list(islice(order, self.batch_size))
-            if len(samples) < self.batch_size:
-                yield from samples
-                return
-            samples.sort(key=self.length, reverse=True)
-            groups = self._balance(samples) if self.padding_free else cut(samples, self.micro_batch)
-            for number, dealt in enumerate(cut(groups, self.ranks)):
-                # Turned from step to step: else the workers of one rank would prepare the longest samples of every step. Every
-                # other time from behind, so that the ranks' sums are alike too: without DeepSpeed they wait once a step.
-                dealt = dealt[:: -1 if number % 2 else 1]
-                turn = step % self.ranks
-                for group in dealt[turn:] + dealt[:turn]:
-                    yield from group
-
-    def _balance(self, samples: list[int]) -> list[list[int]]:
-        """Micro-batches of like sums, the largest first: each sample, longest first, joins the smallest that is not full."""
-        smallest, full = [(0, number, []) for number in range(len(samples) // self.micro_batch)], []
-        for sample in samples:
-            total, number, group = heappop(smallest)
-            group.append(sample)
-            grown = (total + self.length(sample), number, group)
-            if len(group) < self.micro_batch:
-                heappush(smallest, grown)
-            else:
-                full.append(grown)
-        return [group for _, _, group in sorted(full, reverse=True)]
-
-
-def cut(items: list, size: int) -> list[list]:
-    return [items[at : at + size] for at in range(0, len(items), size)]
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    def __exit__(self, kind, error, traceback):
+        if not isinstance(error, (OSError, RuntimeError, SafetensorError)) or isinstance(
+            error, torch.distributed.DistError
+        ):
+            return
+        shutil.rmtree(self.folder, ignore_errors=True) if self.folder.name.startswith("checkpoint-") else None
+        reason = next((line for line in str(error).splitlines() if line.strip()), repr(error))
+        free = shutil.disk_usage(self.output_dir).free / 1e9
+        raise RunError(
+            f"{self.what} could not be written: {reason} ({free:.3f} GB are free there); {last_checkpoint(self.output_dir)}"
+        ) from error

@@ -98,12 +98,21 @@ def script(task: str) -> str:
 
 
 def torchrun(
-    output: Path, *flags: str, ranks: int = 2, task: str = "docvqa", options: Sequence[str] = (), **finish_options
+    output: Path,
+    *flags: str,
+    ranks: int = 2,
+    task: str | Path = "docvqa",
+    options: Sequence[str] = (),
+    **finish_options,
 ) -> Run:
-    """Runs a task's script under torchrun (with its own `options`), with --output_dir `output`."""
+    """Runs a task's script under torchrun (with its own `options`), with --output_dir `output`; `task` may be a script's path."""
     launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
     launcher += [f"--master_port={free_port()}", *options]
-    return call([*launcher, script(task), "--output_dir", str(output), *flags], output, **finish_options)
+    return call(
+        [*launcher, str(task) if isinstance(task, Path) else script(task), "--output_dir", str(output), *flags],
+        output,
+        **finish_options,
+    )
 
 
 def python(output: Path, *flags: str) -> Run:
@@ -111,20 +120,30 @@ def python(output: Path, *flags: str) -> Run:
     return call([sys.executable, script("docvqa"), "--output_dir", str(output), *flags], output)
 
 
-def several(calls: dict[str, list[str]], folder: Path) -> dict[str, Run]:
-    """Runs the DocVQA script once for each entry, one process each; name -> Run. Its --output_dir is `folder` / name, unless given."""
+def several(
+    calls: dict[str, list[str]],
+    folder: Path,
+    paths: dict[str, Path] | None = None,
+    at_once: int = 2,
+    ranks: int = 1,
+) -> dict[str, Run]:
+    """Runs a script (the DocVQA one, or that of `paths`) once for each entry, on `ranks` processes; name -> Run.
+
+    Its --output_dir is `folder` / name, unless given.
+    """
     listed, names = [], {name: re.sub(r"\W+", "-", name) for name in calls}
     assert len(set(names.values())) == len(calls)
     for name, flags in calls.items():
         argv = list(flags) if "--output_dir" in flags else ["--output_dir", str(folder / names[name]), *flags]
-        listed.append({"argv": argv, "output": str(folder / names[name])})
+        path = str((paths or {}).get(name, script("docvqa")))
+        listed.append({"script": path, "argv": argv, "output": str(folder / names[name]), "ranks": ranks})
     (folder / "calls.json").write_text(json.dumps(listed))
-    command = [sys.executable, str(Path(__file__).parent / "several.py"), str(folder / "calls.json")]
+    command = [sys.executable, str(Path(__file__).parent / "several.py"), str(folder / "calls.json"), str(at_once)]
     # Not captured: a call that dies in a bad way must not keep a pipe open.
     finish(command, folder, log=folder / "several.log").check_returncode()
     runs = {}
     for name, file in names.items():
-        path = folder / file
-        status, stdout, stderr = (path.with_name(file + end).read_text() for end in (".status", ".out", ".err"))
-        runs[name] = Run(path, int(status), stdout, stderr)
+        output = folder / file
+        status, stdout, stderr = (output.with_name(file + end).read_text() for end in (".status", ".out", ".err"))
+        runs[name] = Run(output, int(status), stdout, stderr)
     return runs

@@ -221,7 +221,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(trained, folder, flags, str
     whole = trained(strategy)
     output = folder / f"{strategy}-resumed"
     shutil.copytree(whole.output / "checkpoint-2", output / "checkpoint-2")
-    for name in ("eval_before.json", "predictions.jsonl", "run.json"):
+    for name in ("eval_before.json", "predictions.jsonl", "run.json", "run_rows.parquet"):
         shutil.copy(whole.output / name, output / name)
     resumed = torchrun(output, *flags, *STRATEGIES[strategy])
     assert f"going on from {output / 'checkpoint-2'}" in resumed.stdout
@@ -249,7 +249,7 @@ def test_a_run_that_is_told_to_stop_loses_nothing(trained, folder, flags):
     whole, output = trained("full"), folder / "told-to-stop"
 
     def stop(process):
-        wait_for(output / "checkpoint-2", process)
+        wait_for(output / "checkpoint-2" / "manifest.json", process)
         process.send_signal(signal.SIGTERM)
 
     stopped = torchrun(output, *flags, meanwhile=stop)
@@ -266,7 +266,7 @@ def test_a_rank_that_dies_is_replaced(trained, folder, flags):
     whole, output = trained("lora"), folder / "rank-dies"
 
     def kill(process):
-        wait_for(output / "checkpoint-2", process)
+        wait_for(output / "checkpoint-2" / "manifest.json", process)
         psutil.Process(process.pid).children()[1].kill()
 
     run = torchrun(output, *flags, *STRATEGIES["lora"], options=["--max_restarts=1"], meanwhile=kill)
@@ -278,11 +278,14 @@ def test_a_rank_that_dies_is_replaced(trained, folder, flags):
 
 def test_a_finished_run_says_so(trained, flags):
     run = trained("full")
-    before = {path: path.stat().st_mtime_ns for path in run.output.rglob("*")}
+    # the page is made again, in case that the run died while it was written
+    made_again = ("report.html", "curves.png", "confusion.png", ".lock")
+    before = {path: path.stat().st_mtime_ns for path in run.output.rglob("*") if path.name not in made_again}
     again = torchrun(run.output, *flags)
     assert again.status == 0, again.stderr
     assert "this run is finished" in again.stdout
-    assert {path: path.stat().st_mtime_ns for path in run.output.rglob("*")} == before
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert {path for path in run.output.rglob("*") if path.name not in made_again} == set(before)
 
 
 @pytest.fixture(scope="session")
@@ -347,7 +350,8 @@ def alone(folder, flags) -> dict[str, Run]:
     for name in ("accumulation 4", "lora", "qlora", "full in bf16"):
         output = home / f"{name} resumed"
         shutil.copytree(runs[name].output / "checkpoint-2", output / "checkpoint-2")
-        shutil.copy(runs[name].output / "run.json", output)
+        for file in ("run.json", "run_rows.parquet"):
+            shutil.copy(runs[name].output / file, output)
         again[f"{name}, resumed"] = [*flags, *calls[name], "--output_dir", str(output)]
     for name, run in several(again, home).items():
         assert run.status == 0, f"{name}: {run.stderr}"
@@ -493,12 +497,12 @@ def bad(folder, base, data, request) -> dict[str, Run]:
         "tag without image": edited(data, home / "tag", 4, query={"en": "Is it <|image_2|>?"}),
         "control token": edited(data, home / "control", 4, query={"en": "Is it?<|end|>"}),
         "no answers field": edited(data, home / "no-answers", 4, answers=None),
-        "empty answers": edited(data, home / "empty-answers", 4, answers=[]),
+        "empty answers": edited(data, home / "no-answers-data", 4, answers=[]),
         "answers as one text": edited(data, home / "text-answers", 4, answers="4711"),
         "no question": edited(data, home / "no-query", 4, query=None),
         "question as text": edited(data, home / "text-query", 4, query="What?"),
         "no image field": edited(data, home / "no-image", 4, image=None),
-        "no id": edited(data, home / "no-id", 4, id=None, image="images/gone.png"),
+        "no id": edited(data, home / "no-id-data", 4, id=None, image="images/gone.png"),
         "no test rows": with_lines(data, home / "no-test", lines[:TRAIN_ROWS]),
         "broken line": broken,
     }
@@ -540,7 +544,7 @@ def bad(folder, base, data, request) -> dict[str, Run]:
         "missing data folder": ["--data_dir", str(home / "nowhere")],
         "too long": [*good, "--max_length", "30"],
         "num_crops 17": [*good, "--num_crops", "17"],
-        "batch not divisible": [*good, "--batch_size", "5", "--batch_size_per_gpu", "2"],
+        "accumulation that does not fit": [*good, "--batch_size", "8", "--gradient_accumulation_steps", "3"],
         "output below a file": [*good, "--output_dir", str(regular_file / "out")],
         "nothing to resume": [*good, "--resume_from_checkpoint"],
         "resume from an unfinished checkpoint": [
@@ -580,12 +584,12 @@ BAD = {
     "tag without image": ["page-4", "<|image_2|>"],
     "control token": ["page-4", "<|end|>"],
     "no answers field": ["page-4", "answers"],
-    "empty answers": ["page-4", "at least one answer"],
+    "empty answers": ["page-4", "answers: expected a list with at least 1"],
     "answers as one text": ["page-4", "4711"],
     "no question": ["page-4", "query"],
     "question as text": ["page-4"],
     "no image field": ["page-4", "image"],
-    "no id": ["row 5"],
+    "no id": ["rows.jsonl:5", "id"],
     "no test rows": ["rows.jsonl", '"split": "test'],
     "broken line": ["rows.jsonl:3"],
     "image: bomb.png": ["page-4", "bomb.png", "--max_image_pixels", "900000000"],
@@ -612,11 +616,11 @@ BAD = {
     "missing data folder": ["nowhere"],
     "too long": ["page-0", "30", "--max_length"],
     "num_crops 17": ["--num_crops 17", "1 to 16"],
-    "batch not divisible": ["--batch_size 5", "multiple of 2"],
+    "accumulation that does not fit": ["--gradient_accumulation_steps 3", "makes it 8"],
     "output below a file": ["--output_dir", "Not a directory"],
     "nothing to resume": ["checkpoint-N"],
     "resume from an unfinished checkpoint": ["checkpoint-2"],
-    "resume LoRA from a full checkpoint": ["checkpoint-2", "adapter"],
+    "resume LoRA from a full checkpoint": ["checkpoint-2", "run.json"],
     "unknown flag": ["--use_lorra"],
     "wrong model": ["config.json"],
     "no weights": ["weights", "hollow"],

@@ -1,9 +1,9 @@
 """Rows -> conversations -> features: labels on answers only, answers chosen by seed, and one line for each bad row."""
 
 import functools
-import io
-import json
+import random
 import re
+import warnings
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,22 +12,21 @@ import pytest
 import recipe
 import tiny
 import torch
+from bad_rows import png_header
 from PIL import ExifTags, Image
 from torch.utils.data import DataLoader
-from transformers import AutoTokenizer, Trainer
+from transformers import AutoTokenizer
 
-from finetuning.data.collator import DataCollatorForPhi3V
 from finetuning.data.conversation import Conversation, Turn, check_conversation, control_tokens, to_messages
-from finetuning.data.dataset import ConversationDataset, StartEpoch
+from finetuning.data.dataset import build_dataset
 from finetuning.data.encoding import choose_answers, count_tokens, encode_conversation
-from finetuning.data.images import load_images, open_image
+from finetuning.data.images import image_size, limit_pixels, load_image, load_images, open_image
 from finetuning.errors import InputError
-from finetuning.training.loading import load_model
 from phi3v import Phi3VImageProcessor, Phi3VProcessor
 
 own_process = pytest.fixture(autouse=True)(recipe.own_process)
 
-OFFICIAL_FOLDER = Path(__file__).parents[2] / "shared" / "phi35v"
+OFFICIAL_FOLDER = Path(__file__).parents[3] / "shared" / "phi35v"
 IGNORED = -100
 
 
@@ -253,10 +252,10 @@ def one(user="What?", answers=("yes",), images=()) -> list[Turn]:
 
 
 REFUSED = {
-    "no turn": (lambda _: [], "at least one turn"),
+    "no turn": (lambda _: [], "at least one Turn"),
     "no answer": (lambda _: [*one(), Turn("And?", [])], "turn 2"),
     "a number as answer": (lambda _: one(answers=[42]), "42"),
-    "None as answer": (lambda _: one(answers=["yes", None]), "None"),
+    "None as answer": (lambda _: one(answers=["yes", None]), "answers[1]: expected text, found null"),
     "an empty answer": (lambda _: one(answers=[" "]), "' '"),
     "answers that are one text": (lambda _: [Turn("What?", "yes")], "yes"),
     "a number as question": (lambda _: one(user=42), "42"),
@@ -271,9 +270,12 @@ REFUSED = {
     "a missing image": (lambda folder: one(images=[folder / "gone.png"]), "gone.png"),
     "a file that is no image": (lambda folder: one(images=[not_an_image(folder)]), "notes.png"),
     "bytes that are no image": (lambda _: one(images=[{"bytes": b"no", "path": "p.png"}]), "p.png"),
-    "a folder as image": (lambda folder: one(images=[folder]), "expected an image"),
-    "no image where one should be": (lambda _: one(images=[None]), "None"),
-    "an image column without content": (lambda _: one(images=[{"bytes": None, "path": None}]), "None"),
+    "a folder as image": (lambda folder: one(images=[folder]), "expected an image file, found a directory"),
+    "no image where one should be": (lambda _: one(images=[None]), "images[0]: expected a picture"),
+    "an image column without content": (
+        lambda _: one(images=[{"bytes": None, "path": None}]),
+        "images[0]: expected a picture",
+    ),
     "a truncated image": (lambda folder: one(images=[truncated(folder)]), "cut.jpg"),
     "too long": (lambda _: one("What? " * 100), "found"),
 }
@@ -296,9 +298,9 @@ def test_a_bad_sample_is_found_before_training(case, tmp_path):
     turns, named = REFUSED[case]
     bad = Conversation("row-17", turns(tmp_path))
     rows = [CONVERSATIONS["one image"], bad, Conversation("row-18", [])]
-    dataset = ConversationDataset(rows, lambda row: row, processor(), max_length=120)
-    with pytest.raises(InputError, match=r"^sample row-17") as caught:
-        dataset.check()
+    args = SimpleNamespace(on_bad_row="stop", max_bad_rows=None, eval_size=None, data_dir=None, max_length=120, seed=0)
+    with pytest.raises(InputError, match=r"^row 2: sample row-17") as caught:
+        build_dataset(rows, lambda row: row, processor(), args, "train")
     assert named in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
 
@@ -421,179 +423,87 @@ def test_open_image_leaves_the_pixels_for_later(tmp_path):
         open_image({"bytes": b"no", "path": None})
 
 
-# ---- the data set
+# ---- the limit of pixels
 
 
-def numbered(count: int, batch_size: int = 1, answers=lambda number: [f"{number}"], **kwargs) -> ConversationDataset:
-    rows = list(range(count))
-    return ConversationDataset(
-        rows,
-        lambda number: Conversation(f"r{number}", one(f"{number}?", answers(number))),
-        processor(),
-        batch_size=batch_size,
-        **kwargs,
-    )
+class Opened(torch.utils.data.Dataset):
+    """Says what opening an image comes to."""
 
-
-def answer_of(features: dict) -> str:
-    return processor().tokenizer.decode(spans(features["labels"])[0]).removesuffix("<|end|>")
-
-
-@pytest.mark.parametrize(("rows", "batch"), [(10, 4), (12, 4), (3, 16), (1, 1), (5, 5), (7, 6)])
-def test_an_epoch_fills_its_last_step_with_rows_of_its_own(rows, batch):
-    dataset = numbered(rows, batch)
-    assert len(dataset) % batch == 0
-    assert 0 <= len(dataset) - rows < batch
-    seen = Counter()
-    for epoch in range(6):
-        dataset.start_epoch(epoch)
-        found = Counter(answer_of(dataset[index]) for index in range(len(dataset)))
-        # every row, and none more than once beyond what the filling needs
-        assert set(found) == {str(number) for number in range(rows)}
-        assert max(found.values()) - min(found.values()) <= 1
-        seen += found
-    # over the epochs the rows take turns
-    assert max(seen.values()) - min(seen.values()) <= 1
-
-
-def test_reading_a_data_set_from_end_to_end_ends():
-    # Python iterates until an IndexError; the sampler of --train_sampling_strategy group_by_length does so.
-    dataset = numbered(3, 2)
-    assert len(dataset) == 4
-    with pytest.raises(IndexError):
-        dataset[4]
-
-
-def test_other_rows_are_filled_in_in_each_epoch():
-    dataset, filled = numbered(10, 4), []
-    for epoch in range(5):
-        dataset.start_epoch(epoch)
-        filled.append(tuple(answer_of(dataset[index]) for index in (10, 11)))
-    assert len(set(filled)) == 5
-
-
-@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
-def test_every_rank_knows_all_lengths_and_those_of_the_rows_filled_in(monkeypatch, ranks):
-    dataset = numbered(4, 7, answers=lambda number: ["a" * (number + 1) ** 2, "a"], seed=3)
-    expected = [count_tokens(several_of(dataset, index), processor()) for index in range(4)]
-    assert len(set(expected)) == 4
-    shares = [expected[rank::ranks] for rank in range(ranks)]
-    for rank in range(ranks):
-        state, sent = SimpleNamespace(process_index=rank, num_processes=ranks), []
-        monkeypatch.setattr("finetuning.data.dataset.PartialState", lambda state=state: state)
-        # what all ranks send to each other: their faults, none, and then their shares
-        monkeypatch.setattr(
-            "finetuning.data.dataset.gather_object",
-            lambda found, sent=sent: sent.append(found) or (shares if found else []),
-        )
-        dataset.check()
-        assert sent == [[], [shares[rank]]]
-        assert dataset.lengths == expected
-    for epoch in range(5):
-        dataset.start_epoch(epoch)
-        for index in range(len(dataset)):
-            # the length with the longer of its two answers
-            assert dataset.length(index) == expected[int(dataset[index]["id"].removeprefix("r"))]
-    with pytest.raises(IndexError):
-        dataset.length(7)
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_the_epoch_reaches_the_loader_workers_that_live_on(workers):
-    dataset = numbered(8, answers=lambda _: ["a", "b", "c", "d"], seed=5)
-    loader = DataLoader(
-        dataset, batch_size=None, num_workers=workers, persistent_workers=bool(workers), multiprocessing_context=None
-    )
-    epochs = []
-    for epoch in range(4):
-        StartEpoch().on_epoch_begin(None, type("State", (), {"epoch": float(epoch)}), None, train_dataloader=loader)
-        epochs.append([answer_of(features) for features in loader])
-        expected = [choose_answers(several_of(dataset, index), epoch, 5)[0] for index in range(8)]
-        assert epochs[-1] == expected
-    assert len({tuple(answers) for answers in epochs}) == 4
-
-
-def several_of(dataset: ConversationDataset, index: int) -> Conversation:
-    return dataset.to_conversation(dataset.rows[index])
-
-
-@pytest.mark.parametrize(("stored", "epoch"), [(None, 0), (0.0, 0), (0.75, 0), (1.0, 1), (2.4, 2)])
-def test_a_resumed_run_goes_on_in_its_epoch(stored, epoch):
-    dataset = numbered(3)
-    loader = DataLoader(dataset, batch_size=None)
-    StartEpoch().on_epoch_begin(None, type("State", (), {"epoch": stored}), None, train_dataloader=loader)
-    assert int(dataset._epoch) == epoch
-
-
-class Seen(torch.utils.data.Dataset):
-    """A data set that notes, also in a worker process, in which epoch each of its rows was read."""
-
-    def __init__(self, dataset: ConversationDataset, epochs: int):
-        self.dataset = dataset
-        self.counts = torch.zeros(epochs, len(dataset), dtype=torch.long).share_memory_()
-
-    def start_epoch(self, epoch: int):
-        self.dataset.start_epoch(epoch)
+    def __init__(self, path: Path):
+        self.path = path
 
     def __len__(self):
-        return len(self.dataset)
+        return 1
 
     def __getitem__(self, index):
-        self.counts[int(self.dataset._epoch), index] += 1
-        return self.dataset[index]
+        try:
+            return open_image(self.path).size
+        except InputError as error:
+            return str(error)
 
 
-@pytest.mark.parametrize("workers", [[], ["--dataloader_num_workers", "1", "--dataloader_persistent_workers", "True"]])
-def test_the_trainer_reads_every_row_once_in_each_epoch(tmp_path, workers):
-    folder = recipe.model_folder(tmp_path / "model")
-    flags = [
-        "--use_lora",
-        "--lora_rank",
-        "2",
-        "--batch_size",
-        "2",
-        "--batch_size_per_gpu",
-        "2",
-        "--num_train_epochs",
-        "2",
-    ]
-    flags += ["--save_strategy", "no", "--activation_checkpointing", "False", *workers]
-    seen = Seen(numbered(3, 2), epochs=2)
-    args = recipe.arguments(folder, "--dataloader_num_workers", "0", *flags)
-    trainer = Trainer(
-        model=load_model(args),
-        args=args,
-        train_dataset=seen,
-        data_collator=DataCollatorForPhi3V(processor().tokenizer.pad_token_id),
-        callbacks=[StartEpoch()],
-    )
-    trainer.train()
-    assert seen.counts.tolist() == [[1] * 4] * 2
+@pytest.mark.parametrize("start", [None, "fork", "spawn"])
+def test_the_limit_of_pixels_holds_in_forked_and_in_spawned_workers(start, tmp_path):
+    tiny.picture(30, 20).save(tmp_path / "page.png")
+    for limit in (600, 599):
+        limit_pixels(limit)
+        loader = DataLoader(
+            Opened(tmp_path / "page.png"),
+            batch_size=None,
+            num_workers=int(start is not None),
+            multiprocessing_context=start,
+        )
+        (found,) = loader
+        if limit == 600:
+            assert list(found) == [30, 20]
+        else:
+            assert found.endswith("page.png: expected at most 599 pixels (--max_image_pixels), found 30 x 20")
 
 
-def test_a_good_data_set_passes_the_check():
-    dataset = ConversationDataset(list(CONVERSATIONS.values()), lambda row: row, processor(), max_length=500)
-    dataset.check()
+def test_the_limit_of_pixels_is_the_only_one(tmp_path):
+    # Pillow's own errors begin at 179 million pixels.
+    (tmp_path / "large.png").write_bytes(png_header(20_000, 10_000))
+    with pytest.raises(InputError, match="at most 180000000 pixels"):
+        open_image(tmp_path / "large.png")
+    limit_pixels(200_000_000)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert open_image(tmp_path / "large.png").size == (20_000, 10_000)
+    with pytest.raises(InputError, match=r"large.png: expected a whole image, found: "):
+        load_image(tmp_path / "large.png")
+    limit_pixels(100)
+    with pytest.raises(InputError, match="image: expected at most 100 pixels"):
+        open_image(tiny.picture(11, 10))
 
 
-def test_a_worker_names_the_sample_it_cannot_read(tmp_path):
-    broken = Conversation("row-17", one(images=[truncated(tmp_path)]))
-    loader = DataLoader(ConversationDataset([broken], lambda row: row, processor()), batch_size=None, num_workers=1)
-    with pytest.raises(InputError) as caught:
-        next(iter(loader))
-    # what errors.run prints of it
-    assert "sample row-17" in str(caught.value).strip().splitlines()[-1]
+def test_only_the_named_formats_are_opened(tmp_path):
+    for suffix in ("jpg", "png", "webp", "bmp", "gif", "tiff", "ppm"):
+        tiny.picture(30, 20).save(tmp_path / f"a.{suffix}")
+        assert load_image(tmp_path / f"a.{suffix}").size == (30, 20)
+    tiny.picture(30, 20).save(tmp_path / "phone.jpg", "MPO", save_all=True, append_images=[tiny.picture(30, 20, 1)])
+    assert load_image(tmp_path / "phone.jpg").size == (30, 20)
+    for suffix in ("ico", "tga", "pcx", "eps", "jp2", "dds"):
+        tiny.picture(32, 32).save(tmp_path / f"a.{suffix}")
+        with pytest.raises(
+            InputError, match="expected a JPEG, PNG, WebP, BMP, GIF, TIFF or PPM image, found another format"
+        ):
+            open_image(tmp_path / f"a.{suffix}")
 
 
-def test_rows_of_a_data_set_that_decodes_no_images():
-    datasets = pytest.importorskip("datasets")
-    buffer = io.BytesIO()
-    tiny.picture(60, 40).save(buffer, "PNG")
-    rows = datasets.Dataset.from_list([{"image": {"bytes": buffer.getvalue(), "path": None}, "answers": ["yes"]}])
-    rows = rows.cast_column("image", datasets.Image(decode=False))
-    dataset = ConversationDataset(
-        rows, lambda row: Conversation("x", one(answers=row["answers"], images=[row["image"]])), processor()
-    )
-    dataset.check()
-    assert dataset[0]["image_sizes"].tolist() == [[56, 56]]
-    assert json.dumps(dataset[0]["labels"])
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "bmp", "gif", "tiff"])
+def test_a_damaged_image_is_read_or_refused_in_one_line(suffix, tmp_path):
+    path, chance = tmp_path / f"a.{suffix}", random.Random(suffix)
+    tiny.picture(60, 40).save(path)
+    content = path.read_bytes()
+    for number in range(60):
+        damaged = bytearray(content[: chance.randrange(1, len(content))] if number % 3 == 0 else content)
+        for _ in range(number % 20):
+            damaged[chance.randrange(min(len(damaged), 300))] = chance.randrange(256)
+        path.write_bytes(damaged)
+        for function in (image_size, load_image):
+            try:
+                function(path)
+            except InputError as error:
+                line = str(error)
+                assert line.startswith(f"{path}: expected")  # noqa: PT017
+                assert line.isprintable()  # noqa: PT017
