@@ -20,7 +20,8 @@ import finetune_hf_trainer_hateful_memes
 import finetune_hf_trainer_nlvr2
 import finetune_hf_trainer_ucf101
 from finetuning.data import download
-from finetuning.data.hub import load_hub
+from finetuning.data.dataset import build_dataset
+from finetuning.data.hub import fetch_file, load_hub
 from finetuning.errors import InputError
 from finetuning.training.loading import load_model, load_processor
 
@@ -173,14 +174,12 @@ def test_ids_of_the_data_set_are_kept_and_others_made(args):
 
 
 def test_another_name_of_a_column_is_one_line_before_a_model_is_loaded(hub, args):
-    from finetuning.data.dataset import ConversationDataset
-
     features = datasets.Features({"images": datasets.List(datasets.Image()), "texts_": datasets.Value("string")})
     rows = [{"images": [], "texts_": "?"}] * 3
     hub.put("datasets/me/renamed", {"README.md": card([]), "data/train.parquet": parquet(rows, features)})
     train = load_hub(args, "me/renamed")
-    data = ConversationDataset(train, finetune_hf_trainer_nlvr2.to_conversation, load_processor(args))
-    assert "texts" in refusal(data.check)
+    to_conversation = finetune_hf_trainer_nlvr2.to_conversation
+    assert "texts" in refusal(build_dataset, train, to_conversation, load_processor(args), args, "train")
 
 
 def test_an_unknown_split_or_configuration_is_named(args):
@@ -338,8 +337,6 @@ def test_a_body_that_breaks_is_resumed_where_it_broke(hub, kind, monkeypatch):
 
 
 def fetch_one(name: str, file: str) -> Path:
-    from finetuning.data.hub import fetch_file
-
     return fetch_file(name, file, "or give it")
 
 
@@ -374,7 +371,7 @@ RANKS = """
 import sys, time
 sys.path.insert(0, {tests!r})
 from finetuning.arguments import parse_args
-from finetuning.data.hub import load_hub
+from finetuning.data.hub import fetch_file, load_hub
 from finetuning.errors import run
 
 def main():
