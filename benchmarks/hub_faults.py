@@ -24,7 +24,7 @@ from .record import RESULTS, ROOT, provenance, write
 
 sys.path.insert(0, str(ROOT / "tests"))
 
-from hub import Fault, Hub, docvqa, folder_files  # noqa: E402: the hub is a part of the tests
+from hub import Fault, Hub, docvqa, folder_files  # noqa: E402
 
 DATA, MODEL = "nielsr/docvqa_1200_examples", "me/tiny"
 TRAIN, WEIGHTS = "train-00000-of-00001.parquet", "model.safetensors"

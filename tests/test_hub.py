@@ -12,7 +12,7 @@ import datasets
 import huggingface_hub
 import pytest
 import recipe
-from hub import Fault, Hub, card, cauldron, docvqa, folder_files, parquet
+from hub import Fault, Hub, card, cauldron, docvqa, folder_files, parquet, png
 
 import convert_ucf101
 import finetune_hf_trainer_docvqa
@@ -81,7 +81,7 @@ def args(model):
 
 @pytest.fixture
 def hasty(monkeypatch):
-    """Gives up after 3 seconds in place of 45."""
+    """Gives up after 3 seconds in place of 35."""
     monkeypatch.setattr(download, "STALL_SECONDS", 3)
     monkeypatch.setattr(download, "REQUEST_SECONDS", 1)
     monkeypatch.setattr(download, "RETRY_AFTER", (0.1, 0.1, 0.1))
@@ -175,7 +175,7 @@ def test_ids_of_the_data_set_are_kept_and_others_made(args):
 
 def test_another_name_of_a_column_is_one_line_before_a_model_is_loaded(hub, args):
     features = datasets.Features({"images": datasets.List(datasets.Image()), "texts_": datasets.Value("string")})
-    rows = [{"images": [], "texts_": "?"}] * 3
+    rows = [{"images": [{"bytes": png(1), "path": None}] * 2, "texts_": "?"}] * 3
     hub.put("datasets/me/renamed", {"README.md": card([]), "data/train.parquet": parquet(rows, features)})
     train = load_hub(args, "me/renamed")
     to_conversation = finetune_hf_trainer_nlvr2.to_conversation

@@ -28,7 +28,7 @@ T = TypeVar("T")
 # For a connection and for each read, in seconds. The libraries wait up to 100, or without a limit, in some calls.
 REQUEST_SECONDS = 10
 # A download that brings less than MIN_RATE bytes/s over STALL_SECONDS has stalled: 8 GB would take three months.
-STALL_SECONDS, MIN_RATE = 45, 1000
+STALL_SECONDS, MIN_RATE = 35, 1000
 # Waits before the second, third and fourth attempt, beside the libraries' own retries of a single request.
 RETRY_AFTER = (1, 3, 6)
 # Seconds until the first line about a download that goes well, and from one to the next.
@@ -231,7 +231,7 @@ def fetch(
         fetches (bool): whether this process is the one of its machine that downloads.
 
     Raises:
-        InputError: if it is not there and cannot be fetched, within about 50 s after the last byte has come.
+        InputError: if it is not there and cannot be fetched, within about 40 s after the last byte has come.
     """
     found, download, outcome = cached(), None, ""
     if found is None and fetches:
