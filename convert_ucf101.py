@@ -25,6 +25,7 @@ import os
 import re
 import shutil
 import signal
+import stat
 import sys
 import tarfile
 import threading
@@ -47,6 +48,8 @@ SPLITS = ("train", "val", "test")
 PROMPT = "Classify the video into one of the following classes: {}."
 VIDEO = re.compile(r"\.(avi|mp4|mkv|webm|mov|m4v|mpg|mpeg|wmv|flv|3gp|ogv|ts|gif)$", re.IGNORECASE)
 GROUP = re.compile(r"_(g\d+)_c\d+$")
+# Of what an archive holds over its own size: videos are compressed already (UCF-101: 1.0); a bomb's zeros shrink 1000 times.
+MOST_GROWTH = 100
 # Counterclockwise, as PyAV gives a frame's rotation.
 TURNS = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
 
@@ -78,19 +81,26 @@ def list_archive(archive: Path) -> dict[PurePosixPath, int]:
     """Size in bytes of every file of an archive.
 
     Raises:
-        InputError: if it cannot be read to its end, or holds anything but folders and files that stay inside, each once.
+        InputError: if it cannot be read to its end, holds anything but folders and files that stay inside, each once, or
+            grows far beyond its own size.
     """
-    files = {}
+    files, total = {}, 0
     try:
+        status = archive.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise InputError(f"{archive}: expected a whole .tar.gz, found: no regular file; fetch or pack it again")
         with tarfile.open(archive) as tar:
             for member in tar:
                 path, fault = PurePosixPath(member.name), ""
-                if not (member.isreg() or member.isdir()):
+                total += member.size
+                if not (member.isreg() or member.isdir()) or member.issparse():
                     fault = "a link, a device or another special file"
                 elif path.is_absolute() or ".." in path.parts:
                     fault = "a path that leads out of it"
                 elif path in files:
                     fault = "the same path twice"
+                elif total > MOST_GROWTH * status.st_size:
+                    fault = f"files of over {MOST_GROWTH} times its size"
                 if fault:
                     raise InputError(
                         f"{archive}: {member.name!r}: expected folders and files inside the archive, found {fault}; "

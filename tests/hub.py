@@ -171,6 +171,8 @@ class _Handler(BaseHTTPRequestHandler):
             name = name if "/" in name else f"me/{name}"
             self.hub.repositories.setdefault(f"datasets/{name}" if kind == "dataset" else name, Repository({}))
             self.answer_json({"url": f"{self.hub.endpoint}/{name}", "id": name})
+        elif path == "/api/validate-yaml":
+            self.answer_json({"errors": [], "warnings": []})
         elif path == "/api/whoami-v2":
             self.answer_json({"name": "me", "type": "user", "orgs": []})
         else:
@@ -208,7 +210,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.answer_json(entries + [{"type": "directory", "path": path, "oid": "0" * 40} for path in folders])
         elif call == "preupload":
             files = json.loads(sent)["files"]
-            self.answer_json({"files": [{"path": file["path"], "uploadMode": "regular"} for file in files]})
+            self.answer_json({"files": [{**file, "uploadMode": "regular", "shouldIgnore": False} for file in files]})
         elif call == "commit":
             for line in map(json.loads, sent.splitlines()):
                 value = line["value"]

@@ -468,7 +468,7 @@ def test_the_subset_comes_from_the_hub(clips, tmp_path):
     offline = {"HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
     result = command("--out_dir", tmp_path / "out", **offline)
     assert result.returncode == 2
-    assert result.stderr.startswith("error: sayakpaul/ucf101-subset: expected to fetch UCF101_subset.tar.gz, found: ")
+    assert result.stderr.startswith("error: sayakpaul/ucf101-subset: UCF101_subset.tar.gz: expected it from ")
     assert len(result.stderr.splitlines()) == 1
 
     commit = "0" * 40

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ import datasets
 import huggingface_hub
 import pytest
 import recipe
-from hub import Fault, Hub, card, cauldron, docvqa, folder_files, parquet
+from hub import Fault, Hub, card, cauldron, docvqa, folder_files, parquet, png
 
 import convert_ucf101
 import finetune_hf_trainer_docvqa
@@ -19,7 +20,8 @@ import finetune_hf_trainer_hateful_memes
 import finetune_hf_trainer_nlvr2
 import finetune_hf_trainer_ucf101
 from finetuning.data import download
-from finetuning.data.hub import load_hub
+from finetuning.data.dataset import build_dataset
+from finetuning.data.hub import fetch_file, load_hub
 from finetuning.errors import InputError
 from finetuning.training.loading import load_model, load_processor
 
@@ -79,10 +81,14 @@ def args(model):
 
 @pytest.fixture
 def hasty(monkeypatch):
-    """Gives up after 3 seconds in place of 45."""
+    """Gives up after 3 seconds in place of 35."""
     monkeypatch.setattr(download, "STALL_SECONDS", 3)
     monkeypatch.setattr(download, "REQUEST_SECONDS", 1)
     monkeypatch.setattr(download, "RETRY_AFTER", (0.1, 0.1, 0.1))
+    yield
+    if download._Download.last:
+        # A thread that was given up, in the middle of the library's own waits, ends before the next test's hub is asked.
+        download._Download.last.done.wait(20)
 
 
 def refusal(function, *arguments) -> str:
@@ -168,14 +174,12 @@ def test_ids_of_the_data_set_are_kept_and_others_made(args):
 
 
 def test_another_name_of_a_column_is_one_line_before_a_model_is_loaded(hub, args):
-    from finetuning.data.dataset import ConversationDataset
-
     features = datasets.Features({"images": datasets.List(datasets.Image()), "texts_": datasets.Value("string")})
-    rows = [{"images": [], "texts_": "?"}] * 3
+    rows = [{"images": [{"bytes": png(1), "path": None}] * 2, "texts_": "?"}] * 3
     hub.put("datasets/me/renamed", {"README.md": card([]), "data/train.parquet": parquet(rows, features)})
     train = load_hub(args, "me/renamed")
-    data = ConversationDataset(train, finetune_hf_trainer_nlvr2.to_conversation, load_processor(args))
-    assert "texts" in refusal(data.check)
+    to_conversation = finetune_hf_trainer_nlvr2.to_conversation
+    assert "texts" in refusal(build_dataset, train, to_conversation, load_processor(args), args, "train")
 
 
 def test_an_unknown_split_or_configuration_is_named(args):
@@ -270,8 +274,8 @@ def test_offline_without_a_cache_is_one_line_at_once(hub, home, args, monkeypatc
         (Fault("silent"), ["no answer"]),
         (Fault("silent", on=".parquet"), ["no answer"]),
         (Fault("silent", on="README.md"), ["no answer"]),
-        (Fault("drip", on=".parquet"), ["bytes in"]),
-        (Fault("drip", on="/api/"), ["bytes in"]),
+        (Fault("drip", on=".parquet"), ["at most", "bytes in 3 s"]),
+        (Fault("drip", on="/api/"), ["at most", "bytes in 3 s"]),
         (Fault("short", on=".parquet"), ["cut short"]),
         (Fault("no_etag", on="/resolve/"), ["ETag"]),
     ],
@@ -333,8 +337,6 @@ def test_a_body_that_breaks_is_resumed_where_it_broke(hub, kind, monkeypatch):
 
 
 def fetch_one(name: str, file: str) -> Path:
-    from finetuning.data.hub import fetch_file
-
     return fetch_file(name, file, "or give it")
 
 
@@ -347,8 +349,8 @@ def test_a_long_download_that_goes_on_is_left_alone_and_says_so(hub, capfd, monk
     hub.fault = Fault("slow", on="slow.bin")
     assert fetch_one("me/slow", "slow.bin").stat().st_size == 60_000
     lines = capfd.readouterr().err.strip().splitlines()
-    assert 2 <= len(lines) <= 8
-    assert lines[-1].startswith(f"me/slow: slow.bin: 0.0 of 0.1 MB from {hub.endpoint} in ")
+    assert len(lines) >= 2
+    assert re.fullmatch(rf"me/slow: slow.bin: 0.0\d of 0.06 MB from {hub.endpoint} in \d s, 0.0\d MB/s", lines[-1])
 
 
 @pytest.mark.usefixtures("hasty")
@@ -369,7 +371,7 @@ RANKS = """
 import sys, time
 sys.path.insert(0, {tests!r})
 from finetuning.arguments import parse_args
-from finetuning.data.hub import load_hub
+from finetuning.data.hub import fetch_file, load_hub
 from finetuning.errors import run
 
 def main():
@@ -391,8 +393,7 @@ def ranks(tmp_path, model, endpoint, **environment) -> tuple[subprocess.Complete
         "torch.distributed.run",
         "--nproc_per_node",
         "3",
-        "--master_port",
-        "0",
+        "--standalone",
         str(script),
     ]
     found = subprocess.run(
@@ -400,6 +401,7 @@ def ranks(tmp_path, model, endpoint, **environment) -> tuple[subprocess.Complete
         cwd=tmp_path,
         capture_output=True,
         text=True,
+        timeout=100,
         env={
             **os.environ,
             "PYTHONPATH": str(ROOT),

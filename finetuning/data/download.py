@@ -28,7 +28,7 @@ T = TypeVar("T")
 # For a connection and for each read, in seconds. The libraries wait up to 100, or without a limit, in some calls.
 REQUEST_SECONDS = 10
 # A download that brings less than MIN_RATE bytes/s over STALL_SECONDS has stalled: 8 GB would take three months.
-STALL_SECONDS, MIN_RATE = 45, 1000
+STALL_SECONDS, MIN_RATE = 35, 1000
 # Waits before the second, third and fourth attempt, beside the libraries' own retries of a single request.
 RETRY_AFTER = (1, 3, 6)
 # Seconds until the first line about a download that goes well, and from one to the next.
@@ -44,19 +44,24 @@ class Stopped(Exception):
 class Progress:
     """What a download has brought so far; counts of all of its threads.
 
-    `brought` counts bytes from the network and bytes written by Xet, which has a client of its own, so most are counted
-    twice; `written` is bytes of files, of `total` known so far.
+    `received` counts bytes of answers, `written` bytes of files; Xet, which has a client of its own, is only seen in the
+    latter. `answers` are requests that were answered: for a repository of many small files these are the progress.
     """
 
     def __init__(self) -> None:
-        self.brought = 0
+        self.received = self.answers = 0
         self.written: float = 0
-        self.total: float = 0
+        self.files: tqdm | None = None
         # Off while a data set is written as Arrow: that takes minutes and needs no network.
         self.downloading = True
         self.stopped = False
         # Of a request, in words: libraries retry, and hide causes behind errors of their own.
         self.last_fault = ""
+
+    @property
+    def brought(self) -> float:
+        """What tells a download that goes on from one that does not, in bytes or their like."""
+        return self.received + self.written + 4096 * self.answers
 
     def bar(self) -> type[tqdm]:
         """A progress bar for `snapshot_download(tqdm_class=...)` that counts here and shows nothing."""
@@ -68,12 +73,12 @@ class Progress:
                 self.of_files = str(kwargs.get("desc", "")).startswith("Reconstructing")
                 super().__init__(*args, **{**kwargs, "disable": True})
                 self.total = kwargs.get("total") or 0
+                if self.of_files:
+                    progress.files = self
 
             def update(self, n: float | None = 1) -> bool | None:
-                progress.brought += int(n or 0)
                 if self.of_files:
                     progress.written += n or 0
-                    progress.total = self.total
                 return None
 
         return Bar
@@ -90,7 +95,7 @@ class _Body(httpx2.SyncByteStream):
             for chunk in self.stream:
                 if self.progress.stopped:
                     raise Stopped
-                self.progress.brought += len(chunk)
+                self.progress.received += len(chunk)
                 yield chunk
         except httpx2.ReadError as error:
             # A TCP reset. huggingface_hub resumes a body that ends early, but not one that ends in this way.
@@ -127,8 +132,7 @@ class _Client(httpx2.Client):
                 self.progress.last_fault = _cause(error)[0]
             raise
         if response.status_code < 400:
-            # A repository of many small files: each answer is as much progress as some bytes.
-            self.progress.brought += 4096
+            self.progress.answers += 1
         elif response.status_code != 404:  # Optional files are asked for, too.
             self.progress.last_fault = _status_in_words(response.status_code)[0]
         return response
@@ -143,7 +147,7 @@ class _Download:
         self.progress = Progress()
         self.what, self.work, self.cure = what, work, cure
         self.start, self.line_after = time.monotonic(), FIRST_LINE
-        self.seen: deque[tuple[float, int]] = deque([(self.start, 0)])
+        self.seen: deque[tuple[float, float]] = deque([(self.start, 0)])
         self.done = threading.Event()
         self.error: BaseException | None = None
         _Download.last = self
@@ -186,7 +190,8 @@ class _Download:
             progress.stopped = True
             huggingface_hub.close_session()
             self.done.wait(2)  # So that it removes the file that it was writing.
-            found = f"{progress.brought - before} bytes in {now - then:.0f} s"
+            gained = progress.brought - before
+            found = f"{f'at most {gained:.0f} bytes' if gained else 'nothing'} in {now - then:.0f} s"
             if progress.last_fault:
                 found += f" ({progress.last_fault})"
             return _line(self.what, found, f"{UNREACHABLE}; {self.cure}")
@@ -198,10 +203,10 @@ class _Download:
         if not progress.downloading:
             print(f"{self.what}: writing the data set's cache", file=sys.stderr, flush=True)
             return
-        size = f"{progress.written / 1e6:.1f} of {progress.total / 1e6:.1f} MB" if progress.total else "no file"
-        rate = progress.written / 1e6 / seconds
+        size = max(progress.received, progress.written) / 1e6
+        total = f" of {progress.files.total / 1e6:.2f}" if progress.files else ""
         print(
-            f"{self.what}: {size} from {constants.ENDPOINT} in {seconds:.0f} s, {rate:.2f} MB/s",
+            f"{self.what}: {size:.2f}{total} MB from {constants.ENDPOINT} in {seconds:.0f} s, {size / seconds:.2f} MB/s",
             file=sys.stderr,
             flush=True,
         )
@@ -226,7 +231,7 @@ def fetch(
         fetches (bool): whether this process is the one of its machine that downloads.
 
     Raises:
-        InputError: if it is not there and cannot be fetched, within about 50 s after the last byte has come.
+        InputError: if it is not there and cannot be fetched, within about 40 s after the last byte has come.
     """
     found, download, outcome = cached(), None, ""
     if found is None and fetches:

@@ -6,7 +6,7 @@ from typing import cast
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoProcessor, CLIPVisionConfig, PreTrainedModel, set_seed
+from transformers import AutoConfig, AutoProcessor, CLIPVisionConfig, GenerationConfig, PreTrainedModel, set_seed
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
@@ -94,6 +94,9 @@ def load_model(args: RecipeArguments) -> PreTrainedModel:
         name, *shapes = min(report["mismatched_keys"])
         found, expected = (tuple(shape) for shape in shapes)
         raise InputError(f"{args.model_name_or_path}: {name}: expected shape {expected} by config.json, found {found}")
+    # Of generation_config.json only the ids: its other settings choose strategies, as much memory as they like, and code.
+    ids = ("bos_token_id", "eos_token_id", "pad_token_id", "suppress_tokens")
+    model.generation_config = GenerationConfig(**{name: getattr(model.generation_config, name) for name in ids})
     # What an adapter names as its base: as the user gave it, not a folder of the hub's cache.
     model.name_or_path = model.config._name_or_path = args.model_name_or_path
     for module in model.modules():
