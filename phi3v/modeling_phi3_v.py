@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, GenerationMixin
 from transformers import initialization as init
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import create_causal_mask, sdpa_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.clip.modeling_clip import CLIPVisionModel
@@ -286,6 +286,8 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
             # Once for all layers: on a GPU it waits for the bounds. The empty mask keeps transformers from making one.
             kwargs["sample_lengths"] = kwargs["cu_seq_lens_q"].diff().tolist()
             attention_mask = inputs_embeds.new_empty(0, 0, 0, 0)
+        elif attention_mask is not None and self.config._attn_implementation in ("sdpa", SDPA_PACKED):
+            attention_mask = self._mask_without_empty_rows(inputs_embeds, attention_mask, past_key_values, position_ids)
         return super().forward(
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -294,6 +296,23 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
             use_cache=use_cache,
             **kwargs,
         )
+
+    def _mask_without_empty_rows(self, inputs_embeds, attention_mask, past_key_values, position_ids) -> torch.Tensor:
+        """transformers' own mask, bool, (B, 1, N, keys), in which a position that sees no key sees all of them.
+
+        Only padding on the left has such rows; what comes out of them is never used. But softmax over nothing is nan in some
+        kernels, or in their backward pass, and 0 * nan reaches the weights.
+        """
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        if mask is None or mask.dtype != torch.bool:  # the causal kernel does without; or the caller's own, to be added
+            return attention_mask
+        return mask | ~mask.any(-1, keepdim=True)
 
     def _place_images(self, input_ids, inputs_embeds, pixel_values, image_sizes) -> torch.Tensor:
         features = self.vision_embed_tokens(pixel_values, image_sizes)
