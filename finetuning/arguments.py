@@ -21,8 +21,7 @@ from transformers.utils import logging
 
 from phi3v.modeling_phi3_v import SDPA_PACKED
 
-from .data.images import MAX_IMAGE_PIXELS
-from .environment import check_shared_memory, prepare_process, use_gloo_in_deepspeed
+from .environment import MAX_IMAGE_PIXELS, check_shared_memory, prepare_process, use_gloo_in_deepspeed
 from .errors import InputError
 
 ZERO2 = Path(__file__).parents[1] / "ds_configs" / "zero2.json"
@@ -395,15 +394,21 @@ class RecipeArguments(TrainingArguments):
                 f"--lr_scheduler_type {self.lr_scheduler_type.value} with --lr_scheduler_kwargs {self.lr_scheduler_kwargs}: expected "
                 f"settings that it takes, found: {_first_line(error)}"
             ) from None
-        if not self.optim_args:
+        if self.optim_target_modules:
+            # Such an optimizer looks at the model's modules.
             return
         try:
             optimizer, settings = Trainer.get_optimizer_cls_and_kwargs(self)
+            given = [setting.split("=")[0].strip() for setting in (self.optim_args or "").split(",") if setting.strip()]
+            ignored = [name for name in given if name not in settings]
+            if ignored:
+                raise ValueError(f"{ignored[0]} is nothing that it takes")
             optimizer([weight], **settings)
         except (TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError, ImportError) as error:
+            given = f" with --optim_args {self.optim_args}: expected name=value,name=value that it takes"
             raise InputError(
-                f"--optim {self.optim} with --optim_args {self.optim_args}: expected name=value,name=value that it takes, found: "
-                f"{_first_line(error)}"
+                f"--optim {getattr(self.optim, 'value', self.optim)}{given if self.optim_args else ': expected one that is installed'}, "
+                f"found: {_first_line(error)}"
             ) from None
 
     def _check_kernel(self, on_gpu: bool):

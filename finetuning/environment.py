@@ -7,10 +7,13 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
+from PIL import Image
 
-from .data.images import limit_pixels
 from .errors import InputError
 
+MAX_IMAGE_PIXELS = 180_000_000
+# A variable of the environment reaches the workers of a DataLoader however they are started, forked or spawned.
+PIXEL_LIMIT = "PHI3V_MAX_IMAGE_PIXELS"
 OPEN_FILES, FEWEST_OPEN_FILES = 4096, 256
 SHARED_MEMORY = Path("/dev/shm")
 BYTES_OF_A_CROP = 3 * 336 * 336 * 4  # float32
@@ -37,6 +40,24 @@ def prepare_process(use_cpu: bool, backend: str | None, timeout: int, max_image_
     if use_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     join_restarted_group(use_cpu, backend, timeout)
+
+
+def limit_pixels(count: int) -> None:
+    """Sets the largest image that is opened, for this process and for those that it starts.
+
+    Args:
+        count (int): width x height, in pixels; without a call `MAX_IMAGE_PIXELS` holds.
+    """
+    os.environ[PIXEL_LIMIT] = str(count)
+    pixel_limit()
+
+
+def pixel_limit() -> int:
+    """The largest image that is opened, in pixels, see `limit_pixels`."""
+    limit = int(os.environ.get(PIXEL_LIMIT, MAX_IMAGE_PIXELS))
+    # Pillow's own limit, which it also holds against the frames inside a file, is another one.
+    Image.MAX_IMAGE_PIXELS = limit
+    return limit
 
 
 def raise_file_limit() -> None:

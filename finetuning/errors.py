@@ -138,7 +138,7 @@ def _explain(error: Exception) -> str | None:
     """One line for an error that is neither the input's fault nor the code's, by its type and origin; None for any other."""
     first = next((line for line in str(error).splitlines() if line.strip()), repr(error))
     torch = sys.modules.get("torch")
-    origin = [frame.filename for frame in traceback.extract_tb(error.__traceback__)][::-1] or [""]
+    origin = _origin(error)
     if torch and isinstance(error, torch.OutOfMemoryError):
         return f"{first} What lowers it most: --batch_size_per_gpu 1, a smaller --num_crops, --freeze_vision_model, --use_lora"
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
@@ -161,6 +161,15 @@ def _explain(error: Exception) -> str | None:
     if lost or (torch and isinstance(error, torch.distributed.DistError)):
         return f"lost contact with the other processes ({first}); what the first of them to end says is the cause"
     return None
+
+
+def _origin(error: BaseException | None) -> list[str]:
+    """Files of the frames that an error came through, the innermost first, and then of those that it was raised from."""
+    found = []
+    while error is not None:
+        found += [frame.filename for frame in traceback.extract_tb(error.__traceback__)][::-1]
+        error = error.__cause__ or error.__context__
+    return found or [""]
 
 
 def _leave_process_group() -> None:

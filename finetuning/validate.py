@@ -47,9 +47,10 @@ from .data.formats import (
     refuse_existing,
     split_of,
 )
-from .data.images import MAX_IMAGE_PIXELS, image_size, limit_pixels, load_image
+from .data.images import image_size, load_image
 from .data.lengths import conversation_lengths
 from .data.shown import printable
+from .environment import MAX_IMAGE_PIXELS, limit_pixels
 from .errors import InputError
 
 BATCH = 1000  # samples checked together: images by all cores, texts by one call of the tokenizer

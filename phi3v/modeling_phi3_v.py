@@ -436,7 +436,8 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         if num_items_in_batch is None:
             num_items_in_batch = max(1, len(targets))
         elif isinstance(num_items_in_batch, torch.Tensor):
-            num_items_in_batch = num_items_in_batch.to(loss.device)
+            # 0 where none of a step's samples could be read.
+            num_items_in_batch = num_items_in_batch.to(loss.device).clamp(min=1)
         return loss / num_items_in_batch
 
     def prepare_inputs_for_generation(

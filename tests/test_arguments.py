@@ -637,15 +637,11 @@ def test_settings_that_fit_are_taken(flags):
     assert parse_args(flags)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="transformers drops --optim_args that the optimizer has no use for, without a word"
-)
 @pytest.mark.parametrize("flags", [[], ["--optim", "adafactor"], ["--optim", "sgd"]], ids=call)
 def test_settings_that_the_optimizer_would_ignore_are_refused(flags):
     assert "--optim_args nonsense=1" in refusal(*flags, "--optim_args", "nonsense=1")
 
 
-@pytest.mark.xfail(strict=True, reason="_check_optimizer looks at the optimizer only where --optim_args is given")
 def test_an_optimizer_that_is_not_installed_is_refused_before_a_model_is_loaded():
     assert "--optim stable_adamw: " in refusal("--optim", "stable_adamw")
 

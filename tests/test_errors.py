@@ -144,10 +144,6 @@ class Killed(Dataset):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="_explain looks for signal_handling.py in the error's own frames; DataLoader._try_get_data has raised another from it",
-)
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_killed_loader_worker_is_one_line(ending, workers):
     def main():

@@ -15,8 +15,8 @@ from PIL import ExifTags, Image
 from recipe import write_jsonl
 from transformers import AutoTokenizer
 
-from finetuning import validate
-from finetuning.data import formats, images
+from finetuning import environment, validate
+from finetuning.data import formats
 from finetuning.data.conversation import to_messages
 from finetuning.data.encoding import count_tokens, encode_conversation
 from finetuning.data.images import image_sizes
@@ -31,7 +31,7 @@ OFFICIAL_FOLDER = Path(__file__).parents[2] / "shared" / "phi35v"
 @pytest.fixture(autouse=True)
 def own_limit(monkeypatch):
     """The limit of pixels that a test sets is gone in the next."""
-    monkeypatch.setenv(images._LIMIT, str(images.MAX_IMAGE_PIXELS))
+    monkeypatch.setenv(environment.PIXEL_LIMIT, str(environment.MAX_IMAGE_PIXELS))
 
 
 @pytest.fixture(scope="module")

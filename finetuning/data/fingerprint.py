@@ -1,6 +1,7 @@
 """What a conversation is known by: its texts, answers and pictures, so that a run notices when one of them changes."""
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,10 +49,10 @@ def identify_picture(source: Any, folder: str | None = None) -> tuple:
     if isinstance(source, dict) and source.get("bytes") is not None:
         return source.get("path"), len(source["bytes"]), xxhash.xxh3_64_hexdigest(source["bytes"])
     if isinstance(source, Image.Image):
-        filename = getattr(source, "filename", "")
-        if not filename:
+        # Its content, also of one opened from a file: a script may have drawn on it.
+        with suppress(OSError, SyntaxError, ValueError):
             return source.size, source.mode, xxhash.xxh3_64_hexdigest(source.tobytes())
-        source = filename
+        source = getattr(source, "filename", "")
     path = source["path"] if isinstance(source, dict) else os.fspath(source)
     status = os.stat(path)
     folder = folder and os.path.normpath(folder)

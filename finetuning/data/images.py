@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from PIL import ExifTags, Image, ImageOps
 
+from ..environment import pixel_limit
 from ..errors import InputError
 from .conversation import Conversation, check_picture
 from .files import check_regular_file
@@ -16,9 +17,6 @@ from .shown import printable
 
 # None whose decoder starts a program (EPS) or is seldom fed damaged files. What phones write as MPO opens as JPEG.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-MAX_IMAGE_PIXELS = 180_000_000
-# A variable of the environment reaches the workers of a DataLoader however they are started, forked or spawned.
-_LIMIT = "PHI3V_MAX_IMAGE_PIXELS"
 # A lack of this machine, not a fault of the image.
 _LACKS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
@@ -26,24 +24,6 @@ _LACKS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 Result = TypeVar("Result")
-
-
-def limit_pixels(count: int) -> None:
-    """Sets the largest image that is opened, for this process and for those that it starts.
-
-    Args:
-        count (int): width x height, in pixels; without a call `MAX_IMAGE_PIXELS` holds.
-    """
-    os.environ[_LIMIT] = str(count)
-    pixel_limit()
-
-
-def pixel_limit() -> int:
-    """The largest image that is opened, in pixels, see `limit_pixels`."""
-    limit = int(os.environ.get(_LIMIT, MAX_IMAGE_PIXELS))
-    # Pillow's own limit, which it also holds against the frames inside a file, is another one.
-    Image.MAX_IMAGE_PIXELS = limit
-    return limit
 
 
 def open_image(source: Any) -> Image.Image:

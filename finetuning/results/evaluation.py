@@ -295,13 +295,15 @@ def evaluate(
 
     Returns:
         dict: the figures, num_answers, seconds, answers_unique and generated_texts_unique (first references and answers
-        in the data set's order, once each row, as the published recipe names them); None if there are no rows.
+        in the data set's order, once each row, as the published recipe names them); None if there are no rows, or
+        after training if nothing was trained.
 
     Raises:
         ScriptError: if `score` fails.
         InputError: if it gives anything but figures.
     """
-    if not len(dataset):
+    trained = args.do_train or args.resume_from_checkpoint is not None
+    if not len(dataset) or (stage != "before" and not trained):
         return None
     path = Path(args.output_dir) / f"eval_{stage}.json"
     earlier = _from_first(_read_evaluation(path), args)

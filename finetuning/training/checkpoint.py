@@ -91,13 +91,16 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     """The manifest of a folder; None where there is none that can be read."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        return manifest if isinstance(manifest["files"], dict) and isinstance(manifest["step"], int) else None
+        whole = isinstance(manifest["files"], dict) and manifest["files"] and isinstance(manifest["step"], int)
+        return manifest if whole else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def find_damage(folder: Path) -> str | None:
+def find_damage(folder: Path, identity: str | None = None) -> str | None:
     """What is wrong with a sealed folder: the first file that is missing or another than its manifest says; None if it holds.
+
+    With the `identity` of a run it must be of that run too, and a checkpoint of the step in its name.
 
     All ranks call it together, share the reading, and get the same answer.
     """
@@ -105,6 +108,10 @@ def find_damage(folder: Path) -> str | None:
     manifest = read_manifest(folder)
     if manifest is None:
         damage.append((0, f"it was not written to its end (no whole {MANIFEST})"))
+    elif folder.name.startswith("checkpoint-") and folder.name != f"checkpoint-{manifest['step']}":
+        damage.append((0, f"it is of step {manifest['step']}"))
+    elif identity is not None and manifest.get("identity") != identity:
+        damage.append((0, "it is of another run"))
     else:
         entries = sorted(manifest["files"].items())
         for number in range(state.process_index, len(entries), state.num_processes):

@@ -90,7 +90,7 @@ def begin(args: RecipeArguments, train_dataset: ConversationDataset, eval_datase
     found = _on_first_rank(args, lambda: _look(args, train_dataset, eval_dataset))
     damaged, chosen = [], None
     for candidate in found.candidates:
-        damage = find_damage(Path(candidate))
+        damage = find_damage(Path(candidate), found.record["identity"])
         if damage is None:
             chosen = candidate
             break

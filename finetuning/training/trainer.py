@@ -66,8 +66,6 @@ class RecipeTrainer(Trainer):
     def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None) -> TrainOutput:
         """Trains, or takes the weights of a run or checkpoint that has nothing left to train."""
         nothing = TrainOutput(self.state.global_step, 0.0, {})
-        if not self.args.do_train:
-            return nothing
         if resume_from_checkpoint is not None:
             folder = Path(resume_from_checkpoint)
             state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
@@ -81,6 +79,8 @@ class RecipeTrainer(Trainer):
                 if self.is_world_process_zero():
                     print(f"nothing is left to train: the weights of {folder} are taken", flush=True)
                 return nothing
+        if not self.args.do_train:
+            return nothing
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def compute_loss(self, model, inputs, *args, **kwargs):

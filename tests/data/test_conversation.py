@@ -20,7 +20,8 @@ from transformers import AutoTokenizer
 from finetuning.data.conversation import Conversation, Turn, check_conversation, control_tokens, to_messages
 from finetuning.data.dataset import build_dataset
 from finetuning.data.encoding import choose_answers, count_tokens, encode_conversation
-from finetuning.data.images import image_size, limit_pixels, load_image, load_images, open_image
+from finetuning.data.images import image_size, load_image, load_images, open_image
+from finetuning.environment import limit_pixels
 from finetuning.errors import InputError
 from phi3v import Phi3VImageProcessor, Phi3VProcessor
 

@@ -87,7 +87,7 @@ def test_every_rank_knows_all_lengths_and_the_first_one_the_fingerprints(monkeyp
         assert built.lengths == expected
         assert built.rows == found
         assert built.bad_rows == []
-        known = [fingerprint(to_conversation(row)) for row in found] if rank == 0 else None
+        known = [fingerprint(to_conversation(row)) for row in found] if rank == 0 else []
         assert built.fingerprints == known
 
 
@@ -254,7 +254,7 @@ def test_an_id_that_is_used_twice_is_named_with_both_places(monkeypatch, ranks, 
     found = rows(6, r4={"id": "r1"}, r5={"id": "r1"})
     outcomes = recipe.on_ranks(monkeypatch, MODULE, ranks, lambda _: build(found, on_bad_row=mode, max_bad_rows=5))
     assert {str(error) for error in outcomes} == {
-        "rows.jsonl:41: expected an id of its own for each row to train on, found that of rows.jsonl:11: 'r1'"
+        "rows.jsonl:41: sample r1: id: expected an id of its own, found that of rows.jsonl:11"
     }
 
 

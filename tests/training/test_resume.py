@@ -632,9 +632,6 @@ FOREIGN = {
 }  # fmt: skip
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a manifest's step and identity are written, but never held against the checkpoint"
-)
 @pytest.mark.parametrize("case", FOREIGN)
 def test_a_whole_checkpoint_of_another_step_or_run_is_noticed(start, output, case):
     start()
