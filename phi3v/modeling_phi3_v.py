@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, GenerationMixin
 from transformers import initialization as init
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import create_causal_mask, sdpa_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.clip.modeling_clip import CLIPVisionModel
@@ -206,7 +206,7 @@ class Phi3VImageEmbedding(nn.Module):
                 raise ValueError(
                     f"row {row} of input_ids holds {wanted} <|image|> tokens, its images give {found} features: expected "
                     "the same number; num_crops, image_sizes and the order of the images must be those that the processor "
-                    "used for input_ids"
+                    "used for input_ids, and the prompt must be read in one piece, without prefill_chunk_size"
                 )
             counts.append(image - first)
         return counts
@@ -264,6 +264,11 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """See [`Phi3VForCausalLM.forward`]; returns last_hidden_state of shape (B, N, hidden_size)."""
+        if inputs_embeds is not None and pixel_values is not None:
+            raise ValueError(
+                "inputs_embeds and pixel_values: expected one of them; put the features of `vision_embed_tokens` in the place "
+                "of the <|image|> tokens yourself, or give input_ids"
+            )
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
             if pixel_values is not None:
@@ -281,6 +286,8 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
             # Once for all layers: on a GPU it waits for the bounds. The empty mask keeps transformers from making one.
             kwargs["sample_lengths"] = kwargs["cu_seq_lens_q"].diff().tolist()
             attention_mask = inputs_embeds.new_empty(0, 0, 0, 0)
+        elif attention_mask is not None and self.config._attn_implementation in ("sdpa", SDPA_PACKED):
+            attention_mask = self._mask_without_empty_rows(inputs_embeds, attention_mask, past_key_values, position_ids)
         return super().forward(
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -289,6 +296,23 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
             use_cache=use_cache,
             **kwargs,
         )
+
+    def _mask_without_empty_rows(self, inputs_embeds, attention_mask, past_key_values, position_ids) -> torch.Tensor:
+        """transformers' own mask, bool, (B, 1, N, keys), in which a position that sees no key sees all of them.
+
+        Only padding on the left has such rows; what comes out of them is never used. But softmax over nothing is nan in some
+        kernels, or in their backward pass, and 0 * nan reaches the weights.
+        """
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        if mask is None or mask.dtype != torch.bool:  # the causal kernel does without; or the caller's own, to be added
+            return attention_mask
+        return mask | ~mask.any(-1, keepdim=True)
 
     def _place_images(self, input_ids, inputs_embeds, pixel_values, image_sizes) -> torch.Tensor:
         features = self.vision_embed_tokens(pixel_values, image_sizes)
@@ -416,33 +440,57 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         return loss / num_items_in_batch
 
     def prepare_inputs_for_generation(
-        self, input_ids, past_key_values=None, attention_mask=None, is_first_iteration=False, use_cache=True, **kwargs
+        self,
+        input_ids,
+        next_sequence_length=None,
+        past_key_values=None,
+        attention_mask=None,
+        inputs_embeds=None,
+        is_first_iteration=False,
+        use_cache=True,
+        **kwargs,
     ):
-        if past_key_values is not None and self._crosses_long_rope(input_ids, past_key_values, attention_mask):
+        cached = 0 if past_key_values is None else past_key_values.get_seq_length()
+        # Nothing is cached yet: images belong to this pass, although an assistant model's first is not called so.
+        is_first_iteration = is_first_iteration or not cached
+        new = next_sequence_length or input_ids.shape[1]
+        if cached and self._crosses_long_rope(cached, new, attention_mask):
+            known = input_ids.shape[1] >= cached + new or inputs_embeds is not None
+            if not known or (new > 1 and not is_first_iteration):
+                limit = self.config.original_max_position_embeddings
+                raise ValueError(
+                    f"{new} tokens at once take a text of {cached} tokens past {limit}, where other rope factors begin: expected "
+                    "a text that is read in one piece and continued there token by token, without prefill_chunk_size, "
+                    "assistant_model and prompt_lookup_num_tokens, and all its input_ids beside past_key_values"
+                )
             # The cached keys were rotated by the short factors: start again without them.
-            past_key_values = None
-            kwargs["next_sequence_length"] = None
+            past_key_values, next_sequence_length, is_first_iteration = None, None, True
+        if inputs_embeds is not None and past_key_values is None:
+            # The prompt is known by its embeddings alone, the tokens written since by their ids.
+            length = (kwargs["position_ids"] if attention_mask is None else attention_mask).shape[-1]
+            written = input_ids[:, input_ids.shape[1] - (length - inputs_embeds.shape[1]) :]
+            inputs_embeds = torch.cat((inputs_embeds, self.get_input_embeddings()(written)), dim=1)
             is_first_iteration = True
         return super().prepare_inputs_for_generation(
             input_ids,
+            next_sequence_length=next_sequence_length,
             past_key_values=past_key_values,
             attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
             use_cache=use_cache,
             **kwargs,
         )
 
-    def _crosses_long_rope(self, input_ids, past_key_values, attention_mask) -> bool:
-        """Whether a row with a cache grows past the original 4096 tokens with the tokens that are new in this step."""
-        limit, length, cached = (
-            self.config.original_max_position_embeddings,
-            input_ids.shape[1],
-            past_key_values.get_seq_length(),
-        )
-        if length <= limit or not cached:
+    def _crosses_long_rope(self, cached: int, new: int, attention_mask) -> bool:
+        """Whether a row with `cached` tokens, padding included, grows past the original 4096 with the `new` ones of this step."""
+        limit = self.config.original_max_position_embeddings
+        if cached + new <= limit:
             return False
-        lengths = torch.full_like(input_ids[:, 0], length) if attention_mask is None else attention_mask.sum(-1)
-        return bool(((lengths > limit) & (lengths - (length - cached) <= limit)).any())
+        if attention_mask is None:
+            return cached <= limit
+        lengths = attention_mask.sum(-1)
+        return bool(((lengths > limit) & (lengths - new <= limit)).any())
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs):
         """Repeats each row, with its own images, `expand_size` times (beams): pixel_values have no batch dimension."""

@@ -205,3 +205,118 @@ def test_generated_image_token_does_not_break_generation(text, use_cache):
     batch = PROCESSOR(text, WIDE)
     ids = model.generate(**batch, max_new_tokens=12, do_sample=False, use_cache=use_cache)
     assert ids.shape[1] > batch["input_ids"].shape[1]
+
+
+# Other ways through generate()
+
+
+def greedy(model, batch: dict, **kwargs) -> list[list[int]]:
+    """New ids of greedy decoding, never stopped early."""
+    model.generation_config.eos_token_id = None
+    given = batch["input_ids"].shape[1] if "input_ids" in batch else 0
+    return model.generate(**batch, **{"max_new_tokens": 12, "do_sample": False, **kwargs})[:, given:].tolist()
+
+
+PROMPTS = {
+    "images": ("<|image_1|> what is it, <|image_2|>?", [WIDE, SQUARE]),
+    "text": ("hello", None),
+    "long from the start": ("<|image_1|> " + "x" * 50, [WIDE]),
+    "becomes long": ("<|image_1|> " + "x" * 35, [WIDE]),
+}
+WITH_PROMPTS = pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS.keys())
+# Several tokens are judged at once; greedy decoding judges those up to the limit by the short factors.
+WITHOUT_CROSSING = pytest.mark.parametrize("prompt", list(PROMPTS.values())[:3], ids=list(PROMPTS)[:3])
+CROSSES = "take a text of .* tokens past 64, where other rope factors begin: expected a text that is read in one piece"
+
+
+@WITHOUT_CROSSING
+@pytest.mark.parametrize("seed", [0, 1], ids=["always right", "mostly wrong"])
+def test_an_assistant_model_changes_no_token(prompt, seed):
+    model, batch = tiny.model(), PROCESSOR(*prompt)
+    expected = greedy(model, batch)
+    assistant, crops = tiny.model(seed=seed), []
+    assistant.generation_config.eos_token_id = None
+    assistant.model.vision_embed_tokens.register_forward_pre_hook(lambda _module, args: crops.append(len(args[0])))
+    assert greedy(model, batch, assistant_model=assistant) == expected
+    assert bool(crops) == (prompt[1] is not None), "it looks at the images as well"
+
+
+@WITHOUT_CROSSING
+def test_candidates_looked_up_in_the_prompt_change_no_token(prompt):
+    model, batch = tiny.model(), PROCESSOR(*prompt)
+    assert greedy(model, batch, prompt_lookup_num_tokens=3) == greedy(model, batch)
+
+
+def test_candidates_past_the_short_rope_are_refused():
+    model, batch = tiny.model(), PROCESSOR(*PROMPTS["becomes long"])
+    with pytest.raises(ValueError, match=CROSSES):
+        greedy(model, batch, assistant_model=tiny.model())
+    with pytest.raises(ValueError, match=CROSSES):
+        greedy(model, batch, prompt_lookup_num_tokens=3)
+
+
+def test_a_cache_that_is_continued_past_the_short_rope_is_read_again():
+    model = tiny.model()
+    text = "x" * 40
+    first = model.generate(**PROCESSOR(text), max_new_tokens=4, return_dict_in_generate=True, do_sample=False)
+    longer = torch.cat([first.sequences, PROCESSOR("y" * 30)["input_ids"]], 1)
+    batch = {"input_ids": longer, "attention_mask": torch.ones_like(longer)}
+    assert greedy(model, {**batch, "past_key_values": first.past_key_values}) == greedy(model, batch)
+
+
+def embedded(model, batch: dict) -> torch.Tensor:
+    """The prompt as the user of inputs_embeds makes it: features in the place of the image tokens."""
+    embeddings = model.get_input_embeddings()(batch["input_ids"])
+    if "pixel_values" not in batch:
+        return embeddings
+    features = model.model.vision_embed_tokens(batch["pixel_values"], batch["image_sizes"])
+    return embeddings.masked_scatter((batch["input_ids"] == IMAGE)[..., None], features)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("with_ids", [True, False], ids=["with ids", "embeddings alone"])
+@pytest.mark.parametrize("with_mask", [True, False], ids=["mask", "no mask"])
+@WITH_PROMPTS
+def test_a_prompt_of_embeddings_gives_the_tokens_of_its_ids(prompt, with_ids, with_mask, use_cache):
+    model, batch = tiny.model(), PROCESSOR(*prompt)
+    expected = greedy(model, batch)
+    given = {"inputs_embeds": embedded(model, batch)}
+    given |= {"input_ids": batch["input_ids"]} if with_ids else {}
+    given |= {"attention_mask": batch["attention_mask"]} if with_mask else {}
+    assert greedy(model, given, use_cache=use_cache) == expected
+
+
+def test_a_padded_batch_of_embeddings_gives_the_tokens_of_its_ids():
+    model = tiny.model()
+    texts, images = zip(*PROMPTS.values(), strict=True)
+    batch = PROCESSOR(list(texts), list(images), padding=True, padding_side="left")
+    given = {"inputs_embeds": embedded(model, batch), "attention_mask": batch["attention_mask"]}
+    assert greedy(model, given) == greedy(model, batch)
+
+
+def test_embeddings_and_pixels_together_are_refused():
+    model, batch = tiny.model(), PROCESSOR(*PROMPTS["images"])
+    with pytest.raises(ValueError, match="inputs_embeds and pixel_values: expected one of them"):
+        greedy(model, {**batch, "inputs_embeds": embedded(model, batch)})
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 19, 100])
+def test_a_text_read_in_chunks_gives_the_same_tokens(chunk):
+    model, batch = tiny.model(), PROCESSOR("x" * 18)
+    assert greedy(model, batch, prefill_chunk_size=chunk) == greedy(model, batch)
+
+
+@pytest.mark.parametrize("chunk", [5, 20])
+def test_images_are_not_read_in_chunks(chunk):
+    # by transformers itself, or by the count of the tokens where it is older
+    with pytest.raises(ValueError, match="prefill_chunk_size"):
+        greedy(tiny.model(), PROCESSOR(*PROMPTS["images"]), prefill_chunk_size=chunk)
+
+
+def test_a_text_past_the_short_rope_is_not_read_in_chunks():
+    """The first chunk would be rotated by the short factors, the last by the long ones."""
+    with pytest.raises(ValueError, match=CROSSES):
+        greedy(tiny.model(), PROCESSOR(text_of(70)), prefill_chunk_size=30)
+    assert greedy(tiny.model(), PROCESSOR(text_of(70)), prefill_chunk_size=70) == greedy(
+        tiny.model(), PROCESSOR(text_of(70))
+    )

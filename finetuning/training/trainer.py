@@ -38,6 +38,8 @@ class RecipeTrainer(Trainer):
 
     def __init__(self, model, args, callbacks=(), **kwargs):
         self._nonfinite, self._pending, self._saved_step = NonFiniteCheck(), PendingLoss(), None
+        # Where the weights come from, if there was nothing left to train.
+        self._trained_weights: Path | None = None
         # A signal stops the run once the checkpoint is sealed, so it comes last.
         own = [StartEpoch(), PrepareTraining(), GradientCheck(model), self._nonfinite, self._pending, SealCheckpoint()]
         super().__init__(model=model, args=args, callbacks=[*own, *callbacks, StopOnSignal()], **kwargs)
@@ -75,6 +77,7 @@ class RecipeTrainer(Trainer):
                 if self.args.load_best_model_at_end and best and folder != Path(self.args.output_dir):
                     folder = Path(best)
                 load_weights(self.model, folder)
+                self._trained_weights = folder
                 if self.is_world_process_zero():
                     print(f"nothing is left to train: the weights of {folder} are taken", flush=True)
                 return nothing
@@ -107,7 +110,12 @@ class RecipeTrainer(Trainer):
         if not self.args.do_train or self.args.resume_from_checkpoint == str(output):
             return
         with _disk_errors(output, "the final weights", self.args.output_dir):
-            super().save_model()
+            if self._trained_weights is None:
+                super().save_model()
+            elif self.args.should_save:
+                # The same files; DeepSpeed, which would write them, was never started.
+                for path in final_files(self._trained_weights):
+                    shutil.copy(path, output / path.name)
             self.save_state()
             run: dict[str, Any] = read_run(output) or {}
             facts = {"step": self.state.global_step, "identity": run.get("identity")}

@@ -15,7 +15,17 @@ import torch.multiprocessing
 from accelerate.state import PartialState
 
 from finetuning.data.conversation import Conversation, Turn
-from finetuning.results.evaluation import Prediction, evaluate, generate_answers, remove_stage
+from finetuning.data.dataset import ConversationDataset
+from finetuning.errors import InputError, ScriptError
+from finetuning.results.evaluation import (
+    Prediction,
+    evaluate,
+    generate_answers,
+    read_predictions,
+    score_again,
+)
+from finetuning.training.checkpoint import seal
+from finetuning.training.identity import write_run
 from finetuning.training.loading import load_processor
 
 own_process = pytest.fixture(autouse=True)(recipe.own_process)
@@ -59,11 +69,19 @@ def arguments(folder: Path, output: Path, batch: int):
 
 def answer(folder, output, batch=2, rows=ROWS, stage="before", function=to_conversation):
     args = arguments(folder, output, batch)
-    processor = load_processor(args)
-    return generate_answers(tiny.model(), processor, rows, function, args, stage)
+    return generate_answers(tiny.model(), dataset(args, rows, function), args, stage)
+
+
+def dataset(args, rows=ROWS, function=to_conversation) -> ConversationDataset:
+    return ConversationDataset(rows, function, load_processor(args), [9] * len(rows))
 
 
 def written(folder: Path) -> list[dict]:
+    """Lines of predictions.jsonl, without the model that answered."""
+    return [{name: value for name, value in item.items() if name != "model"} for item in lines(folder)]
+
+
+def lines(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "predictions.jsonl").read_text(encoding="utf-8").split("\n")[:-1]]
 
 
@@ -167,6 +185,7 @@ def test_ranks_share_the_questions(folder, tmp_path, one_by_one):
         for rank in range(ranks):
             found = [Prediction(**item) for item in json.loads((tmp_path / f"{ranks}-{rank}.json").read_text())]
             assert found == one_by_one
+            assert lines(tmp_path / f"{ranks}")[0]["model"]
         assert written(tmp_path / f"{ranks}") == [{"stage": "before", **asdict(item)} for item in one_by_one]
 
 
@@ -177,9 +196,9 @@ def score(predictions) -> dict[str, float]:
     return {"length": sum(len(item.answer) for item in predictions) / len(predictions), "length/first": 1.0}
 
 
-def run_evaluation(folder, output, stage, rows=ROWS):
+def run_evaluation(folder, output, stage, rows=ROWS, function=to_conversation, score=score, model=None):
     args = arguments(folder, output, 4)
-    return evaluate(tiny.model(), load_processor(args), rows, to_conversation, score, args, stage)
+    return evaluate(model or tiny.model(), dataset(args, rows, function), score, args, stage)
 
 
 def test_eval_file_and_predictions(folder, tmp_path, one_by_one, capsys):
@@ -199,49 +218,272 @@ def test_eval_file_and_predictions(folder, tmp_path, one_by_one, capsys):
     assert "length/first" not in printed
 
 
+class Asked:
+    """A model that counts the questions that it is asked; `run_evaluation(..., model=Asked())`."""
+
+    def __init__(self):
+        self.model, self.count = tiny.model(), 0
+
+    def eval(self):
+        self.model.eval()
+
+    def generate(self, input_ids, **kwargs):
+        self.count += len(input_ids)
+        return self.model.generate(input_ids=input_ids, **kwargs)
+
+    def __call__(self, **kwargs):
+        return self.model(**kwargs)
+
+
 def test_an_evaluation_that_died_goes_on_where_it_was(folder, tmp_path):
     whole = run_evaluation(folder, tmp_path / "whole", "before")
     run_evaluation(folder, tmp_path / "out", "before")
-    lines = (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()
+    stored = (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()
     # Five whole lines, one round and a half, the first of them another answer than the model gives, and half of a sixth.
-    lines[0] = json.dumps({**json.loads(lines[0]), "answer": "kept"})
-    (tmp_path / "out" / "predictions.jsonl").write_text("\n".join(lines[:5]) + "\n" + lines[5][:20])
+    stored[0] = json.dumps({**json.loads(stored[0]), "answer": "kept"})
+    (tmp_path / "out" / "predictions.jsonl").write_text("\n".join(stored[:5]) + "\n" + stored[5][:20])
     (tmp_path / "out" / "eval_before.json").unlink()
-    again = run_evaluation(folder, tmp_path / "out", "before")
+    model = Asked()
+    again = run_evaluation(folder, tmp_path / "out", "before", model=model)
     assert again["generated_texts_unique"] == ["kept", *whole["generated_texts_unique"][1:]]
     assert [item["answer"] for item in written(tmp_path / "out")] == again["generated_texts_unique"]
+    # whole rounds are kept, so that the others are batched as before
+    assert model.count == len(QUESTIONS) - 4
 
 
-def test_answers_to_other_questions_are_not_taken(folder, tmp_path):
-    run_evaluation(folder, tmp_path / "out", "before", ROWS[1:])
+@pytest.mark.parametrize("character", ["é", "日", "😀"])
+@pytest.mark.parametrize("back", [1, 2, 3])
+def test_a_line_that_is_torn_inside_a_letter_is_asked_again(folder, tmp_path, character, back):
+    def function(number):
+        return Conversation(f"r{number}", [Turn("What?", [character * 9])])
+
+    whole = run_evaluation(folder, tmp_path / "out", "before", ROWS[:6], function)
+    path = tmp_path / "out" / "predictions.jsonl"
+    content = path.read_bytes()
+    inside = content.rindex(character.encode()) + len(character.encode()) - min(back, len(character.encode()) - 1)
+    path.write_bytes(content[:inside])
     (tmp_path / "out" / "eval_before.json").unlink()
-    assert run_evaluation(folder, tmp_path / "out", "before")["ids"][0] == "r0"
-    assert written(tmp_path / "out")[0]["id"] == "r0"
+    assert len(read_predictions(path)) == 5
+    model = Asked()
+    again = run_evaluation(folder, tmp_path / "out", "before", ROWS[:6], function, model=model)
+    assert model.count == 2  # of two rounds of four the second
+    assert again["generated_texts_unique"] == whole["generated_texts_unique"]
+    assert path.read_bytes() == content
+
+
+def test_answers_are_kept_by_the_model_that_gave_them(folder, tmp_path):
+    output = tmp_path / "out"
+    record = {"script": "x.py", "settings": {"seed": 1}, "spread": {}, "rows": {}, "started": ""}
+    output.mkdir()
+
+    def ask(stage) -> int:
+        model = Asked()
+        run_evaluation(folder, output, stage, model=model)
+        return model.count
+
+    write_run(output, record)
+    assert [ask("before"), ask("before")] == [9, 0]
+    # other settings may be another model
+    write_run(output, {**record, "settings": {"seed": 2}})
+    assert [ask("before"), ask("before")] == [9, 0]
+    # the answers after training belong to the final weights
+    for content in (b"one", b"two"):
+        (output / "model.safetensors").write_bytes(content)
+        seal(output, {"step": 1}, [output / "model.safetensors"])
+        assert [ask("after"), ask("after")] == [9, 0]
+        assert ask("before") == 0
+    assert len(lines(output)) == 18
+
+
+@pytest.mark.parametrize(
+    ("change", "asked"),
+    [
+        ({}, 0),
+        ({"answers": ["another reference"]}, 0),
+        ({"id": "other"}, 1),
+        ({"user": "What is that?"}, 1),
+        ({"images": [tiny.picture(30, 30, seed=77)]}, 1),
+        ({"choices": ["yes", "no"]}, 1),
+    ],
+    ids=str,
+)
+def test_a_changed_conversation_alone_is_asked_again(folder, tmp_path, change, asked):
+    before = run_evaluation(folder, tmp_path / "out", "before")
+
+    def function(number):
+        conversation = to_conversation(number)
+        if number == 5:
+            conversation.id = change.get("id", conversation.id)
+            for name in set(change) - {"id"}:
+                setattr(conversation.turns[0], name, change[name])
+        return conversation
+
+    model = Asked()
+    after = run_evaluation(folder, tmp_path / "out", "before", function=function, model=model)
+    assert model.count == asked
+    others = [number for number in range(len(QUESTIONS)) if QUESTIONS[number][0] != "r5"]
+    assert all(after["generated_texts_unique"][n] == before["generated_texts_unique"][n] for n in others)
+    # in the data set's order
+    assert [item["id"] for item in written(tmp_path / "out")] == after["ids"]
+    # and the references are today's
+    if "answers" in change:
+        assert ["another reference"] in after["answers_unique"]
+
+
+def test_an_earlier_answer_that_is_shown_asks_the_later_turns_again(folder, tmp_path):
+    run_evaluation(folder, tmp_path / "out", "before")
+
+    def function(number):
+        conversation = to_conversation(number)
+        if number == SEVERAL:
+            conversation.turns[1].answers = ["zwei"]
+        return conversation
+
+    model = Asked()
+    run_evaluation(folder, tmp_path / "out", "before", function=function, model=model)
+    assert model.count == 1
 
 
 def test_a_finished_evaluation_is_read_again(folder, tmp_path):
     first = run_evaluation(folder, tmp_path / "out", "before")
-    assert run_evaluation(folder, tmp_path / "out", "before") == first
+    model = Asked()
+    again = run_evaluation(folder, tmp_path / "out", "before", model=model)
+    assert again == first
+    assert model.count == 0
 
 
-def test_removing_a_stage_keeps_the_other(folder, tmp_path):
-    run_evaluation(folder, tmp_path / "out", "before", ROWS[:1])
-    run_evaluation(folder, tmp_path / "out", "after", ROWS[:1])
-    remove_stage(tmp_path / "out", "before")
-    assert [item["stage"] for item in written(tmp_path / "out")] == ["after"]
+# ---- the score
+
+
+BAD_SCORES = {
+    "a text": (lambda _: "0.5", "'0.5'"),
+    "a number": (lambda _: 0.5, "0.5"),
+    "None": (lambda _: None, "None"),
+    "nothing in it": (lambda _: {}, "{}"),
+    "a text in it": (lambda _: {"accuracy": "0.5"}, "'accuracy': '0.5'"),
+    "nan in it": (lambda _: {"accuracy": float("nan")}, "'accuracy': nan"),
+    "infinity in it": (lambda _: {"accuracy": float("inf")}, "'accuracy': inf"),
+    "None in it": (lambda _: {"accuracy": None}, "'accuracy': None"),
+    "a list in it": (lambda _: {"accuracy": [1]}, "'accuracy': [1]"),
+    "a name that is no text": (lambda _: {1: 0.5}, "1: 0.5"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_SCORES)
+def test_a_score_that_is_no_figure_is_refused_and_the_answers_are_kept(folder, tmp_path, case):
+    function, named = BAD_SCORES[case]
+    with pytest.raises(InputError, match=r"^score: expected figures by name") as caught:
+        run_evaluation(folder, tmp_path / "out", "before", ROWS[:2], score=function)
+    assert named in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+    assert len(written(tmp_path / "out")) == 2
     assert not (tmp_path / "out" / "eval_before.json").exists()
-    assert (tmp_path / "out" / "eval_after.json").exists()
+
+
+def test_a_score_that_fails_shows_its_lines_and_the_answers_are_kept(folder, tmp_path):
+    def broken(predictions):
+        return {"accuracy": sum(item.correct for item in predictions)}
+
+    with pytest.raises(ScriptError) as caught:
+        run_evaluation(folder, tmp_path / "out", "before", ROWS[:2], score=broken)
+    text = str(caught.value)
+    assert text.startswith("error in broken of test_evaluation.py:\n")
+    assert "item.correct" in text
+    assert "AttributeError: 'Prediction' object has no attribute 'correct'" in text
+    assert text.splitlines()[-1].startswith("The answers are kept")
+    model = Asked()
+    assert run_evaluation(folder, tmp_path / "out", "before", ROWS[:2], model=model)["length"]
+    assert model.count == 0
+
+
+def test_figures_of_other_libraries_are_figures(folder, tmp_path):
+    figures = {"a": torch.tensor(0.5), "b": 1, "c": True}
+    result = run_evaluation(folder, tmp_path / "out", "before", ROWS[:1], score=lambda _: figures)
+    assert (result["a"], result["b"], result["c"]) == (0.5, 1.0, 1.0)
+    assert json.loads((tmp_path / "out" / "eval_before.json").read_text())["a"] == 0.5
+
+
+@pytest.fixture
+def finished(folder, tmp_path):
+    """`finished(score=..., function=...)`: what `score_again` does for a finished run."""
+    output = tmp_path / "out"
+    for stage in ("before", "after"):
+        run_evaluation(folder, output, stage)
+
+    def again(score=score, function=to_conversation, rows=ROWS) -> bool:
+        args = arguments(folder, output, 4)
+        return score_again(dataset(args, rows, function), score, args)
+
+    return again
+
+
+def figures(tmp_path) -> list[dict]:
+    return [json.loads((tmp_path / "out" / f"eval_{stage}.json").read_text()) for stage in ("before", "after")]
+
+
+def test_a_finished_run_with_the_same_score_is_left_as_it_is(finished, tmp_path, capsys):
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir() if path.name != ".lock"}
+    capsys.readouterr()
+    assert finished() is True
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("this run is finished, nothing is trained or asked")
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_another_score_needs_no_model(finished, tmp_path, capsys):
+    old = figures(tmp_path)
+    assert finished(score=lambda found: {"letters": float(len(found[0].answer))}) is True
+    said = capsys.readouterr().out
+    assert "before training: the kept answers are scored again" in said
+    assert "after training: the kept answers are scored again" in said
+    new = figures(tmp_path)
+    assert all("length" not in item and item["letters"] > 0 for item in new)
+    assert [item["generated_texts_unique"] for item in new] == [item["generated_texts_unique"] for item in old]
+    # the time that the answers took
+    assert [item["seconds"] for item in new] == [item["seconds"] for item in old]
+
+
+def test_other_references_are_scored_again(finished, tmp_path):
+    def function(number):
+        conversation = to_conversation(number)
+        conversation.turns[-1].answers = ["new"]
+        return conversation
+
+    assert finished(function=function) is True
+    assert all(["new"] in item["answers_unique"] for item in figures(tmp_path))
+
+
+def test_a_score_that_fails_on_a_finished_run_leaves_its_figures(finished, tmp_path):
+    old = figures(tmp_path)
+    with pytest.raises(ScriptError):
+        finished(score=lambda found: {"x": found[0].missing})
+    with pytest.raises(InputError, match="score: expected figures"):
+        finished(score=lambda _: None)
+    assert figures(tmp_path) == old
+
+
+def test_where_an_answer_is_missing_the_model_is_needed(finished, tmp_path):
+    assert finished(rows=[*ROWS, 7]) is False
+    path = tmp_path / "out" / "predictions.jsonl"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert finished() is True  # only the line end
+    path.write_bytes(path.read_bytes()[:-2])
+    assert finished() is False
 
 
 def test_predictions_are_written_as_they_come(folder, tmp_path):
-    # The run dies at row 4: what was answered before is there.
+    # The run dies at row 4, whose picture is damaged behind its header: what was answered before is there.
+    path = tmp_path / "cut.jpg"
+    tiny.picture(200, 200).save(path)
+    path.write_bytes(path.read_bytes()[:-2000])
+
     def dying(number):
         conversation = to_conversation(number)
         if number == 4:
-            conversation.turns[0].images = ["gone.png"]
+            conversation.turns[0].images = [str(path)]
         return conversation
 
-    with pytest.raises(Exception, match=r"gone\.png"):
+    with pytest.raises(Exception, match=r"cut\.jpg"):
         answer(folder, tmp_path / "out", batch=1, function=dying)
     assert [item["id"] for item in written(tmp_path / "out")] == ["r0", "r1", "r2", "several", "several", "several"]
 

@@ -11,7 +11,10 @@ import recipe
 from PIL import Image
 
 from finetuning.data.conversation import Conversation, Turn
-from finetuning.results.report import MAX_ROWS, plot_curves, write_report
+from finetuning.data.dataset import ConversationDataset
+from finetuning.results.metrics import exact_match
+from finetuning.results.report import MAX_ROWS, plot_confusion, plot_curves, write_report
+from finetuning.training.identity import write_run
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)> {{ 7 * 7 }} & </table>"
 LOGS = [
@@ -49,7 +52,10 @@ def write(folder, rows, before: bool = True, logs=LOGS, answer=lambda row: row["
         }
         (folder / f"eval_{stage}.json").write_text(json.dumps(figures))
     predictions = [
-        {"stage": stage, "id": row["id"], "turn": 0, "answer": answer(row) if stage == "after" else "?"}
+        {
+            **{"stage": stage, "model": "x", "id": row["id"], "turn": 0, "choices": {}, "asked": "x"},
+            "answer": answer(row) if stage == "after" else "?",
+        }
         for stage in stages
         for row in rows
     ]
@@ -58,9 +64,13 @@ def write(folder, rows, before: bool = True, logs=LOGS, answer=lambda row: row["
     def to_conversation(row):
         return Conversation(row["id"], [Turn(row["question"], row["references"], row["images"])])
 
-    path = write_report(SimpleNamespace(output_dir=str(folder)), title, text, logs, rows, to_conversation)
-    assert path == folder / "report.html"
-    return path.read_text(encoding="utf-8")
+    if logs:
+        (folder / "trainer_state.json").write_text(json.dumps({"log_history": logs}))
+    record = {"script": "x.py", "settings": {}, "spread": {}, "rows": {}, "started": "", "summary": text}
+    write_run(folder, record)
+    args = SimpleNamespace(output_dir=str(folder), process_index=0)
+    write_report(args, title, ConversationDataset(rows, to_conversation, None, [9] * len(rows)))
+    return (folder / "report.html").read_text(encoding="utf-8")
 
 
 def rows(count: int = 2, **changes) -> list[dict]:
@@ -161,3 +171,35 @@ def test_a_long_evaluation_shows_its_first_rows(tmp_path):
 def test_an_image_of_any_mode_is_shown(tmp_path):
     images = [recipe.page("x").convert(mode) for mode in ("L", "1", "RGBA", "P", "CMYK")]
     assert write(tmp_path, rows(1, images=images)).count("data:image/jpeg") == 5
+
+
+@pytest.mark.parametrize(
+    ("answer", "references"),
+    [
+        *(("Yes", ["Yes."]), ("yes.", ["Yes."]), (" Yes. ", ["yes"]), ("No", ["Yes."]), ("", ["Yes."])),
+        *(("b", ["a", "B."]), ("Yes, it is", ["Yes"])),
+    ],
+)
+def test_an_answer_is_green_where_the_score_counts_it_as_right(tmp_path, answer, references):
+    text = write(tmp_path, rows(1, answer=answer, references=references))
+    (colour,) = re.findall(r'<td class="muted">after<td class="(\w+)">', text)
+    assert colour == ("good" if exact_match(answer, references) else "bad")
+
+
+def test_the_confusion_matrix_counts_as_the_score_does():
+    figure = plot_confusion([["Yes."], ["Yes."], ["No."]], ["Yes", "maybe", "no."])
+    counts = [[int(text.get_text()) for text in figure.axes[0].texts][at : at + 3] for at in (0, 3)]
+    # classes No., Yes., other
+    assert counts == [[1, 0, 0], [0, 1, 1]]
+    assert plot_confusion([["a", "b"], ["c"]], ["a", "c"]) is None
+
+
+def test_other_ranks_write_nothing(tmp_path):
+    write_report(
+        SimpleNamespace(output_dir=str(tmp_path), process_index=1), "x", ConversationDataset([], None, None, [])
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_first_line_of_a_docstring_is_the_title(tmp_path):
+    assert "<title>First.</title>" in write(tmp_path, rows(1), title="First.\n\nMore.")

@@ -815,7 +815,7 @@ def test_all_ranks_get_what_the_first_one_finds(start, output, monkeypatch):
     shutil.rmtree(output)
     monkeypatch.setattr(RecipeArguments, "process_index", 1)
     monkeypatch.setattr(resume, "broadcast_object_list", lambda _: sent.pop(0))
-    monkeypatch.setattr(resume, "find_damage", lambda _: None)
+    monkeypatch.setattr(resume, "find_damage", lambda *_: None)
     other = ConversationDataset(list("abcd"), None, None, [9] * 4)
     assert start(train=other, answer=other) == "output/checkpoint-5"
     assert sent == []

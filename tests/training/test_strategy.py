@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections import defaultdict
+from pathlib import Path
 from types import SimpleNamespace
 
 import peft
@@ -23,8 +24,9 @@ from finetuning.data.dataset import ConversationDataset
 from finetuning.data.encoding import encode_conversation
 from finetuning.errors import InputError
 from finetuning.training.callbacks import GradientCheck, keep_text_activations
+from finetuning.training.identity import read_run, write_run
 from finetuning.training.loading import load_model, load_processor
-from finetuning.training.summary import describe, part_of
+from finetuning.training.summary import check_disk, describe, estimate_bytes, part_of, print_summary
 from phi3v import Phi3VForCausalLM
 
 own_process = pytest.fixture(autouse=True)(recipe.own_process)
@@ -78,7 +80,13 @@ def batch():
         Conversation("b", [Turn("q", ["a"])]),
     ]
     features = [encode_conversation(sample, tiny.processor(2)) for sample in samples]
-    return DataCollatorForPhi3V(tiny.TOKENIZER.pad_token_id)(features)
+    return collate(features)
+
+
+def collate(features):
+    found = DataCollatorForPhi3V(tiny.TOKENIZER.pad_token_id)(features)
+    found.pop("ids")  # as `RecipeTrainer` gives it to the model
+    return found
 
 
 def gradients(model, inputs) -> dict[str, torch.Tensor]:
@@ -123,7 +131,7 @@ def test_the_weights_are_in_the_dtype_of_the_run(folder, flags, precision, dtype
 @pytest.mark.parametrize("kernel", ["eager", "sdpa"])
 def test_the_attention_kernel_is_the_one_asked_for(folder, kernel):
     model, args = load(folder, "--attn_implementation", kernel)
-    assert model.config._attn_implementation == args.kernel == kernel
+    assert model.config._attn_implementation == args.attention == kernel
 
 
 @pytest.mark.parametrize("flags", [[], ["--use_lora"]], ids=["full", "lora"])
@@ -274,8 +282,8 @@ def table(text: str) -> dict[str, list[str]]:
     return {line[:16].strip(): line[16:].split() for line in rows}
 
 
-def dataset(rows: int = 10, batch_size: int = 4) -> ConversationDataset:
-    return ConversationDataset(list(range(rows)), lambda _: None, tiny.processor(2), batch_size=batch_size)
+def dataset(rows: int = 10) -> ConversationDataset:
+    return ConversationDataset(list(range(rows)), lambda _: None, tiny.processor(2), [10] * rows)
 
 
 @pytest.mark.parametrize(
@@ -294,9 +302,10 @@ def test_the_description_counts_what_is_trained(folder, flags, line):
     assert line in text
     assert "effective batch  4 = 1 rank(s) x 2 micro-batch x 2 accumulation" in text
     assert "compute float32; attention sdpa" in text
-    # 10 rows, filled up to 12: 3 steps an epoch
-    assert re.search(r"^steps +6, the first", text, re.MULTILINE)
-    assert "rows             10, 2 of them twice in each epoch" in text
+    # 10 rows: 3 steps an epoch, 50 of warm-up by default
+    assert re.search(r"^steps +6, 3 an epoch; its last step has 2 sample\(s\)$", text, re.MULTILINE)
+    assert re.search(r"^warning +all 6 steps are warm-up \(--warmup_steps 50\)", text, re.MULTILINE)
+    assert "rows             10, each once an epoch" in text
     counts = table(text)
     reference = Phi3VForCausalLM.from_pretrained(folder)
     expected = defaultdict(lambda: [0, 0])
@@ -312,6 +321,81 @@ def test_the_description_counts_what_is_trained(folder, flags, line):
     totals = [sum(numbers[index] for numbers in expected.values()) for index in (0, 1)]
     assert [int(number.replace(",", "")) for number in counts["all"][:2]] == totals
     assert ("nf4" in text) == bool(args.use_qlora)
+
+
+@pytest.mark.parametrize(
+    ("rows", "flags", "said"),
+    [
+        (12, [], "3, 3 an epoch; warm-up over the first 1"),
+        (10, [], "3, 3 an epoch; its last step has 2 sample(s); warm-up over the first 1"),
+        (
+            10,
+            ["--dataloader_drop_last"],
+            "2, 2 an epoch; its last step is left out (2 samples); warm-up over the first 1",
+        ),
+        (10, ["--num_train_epochs", "1.5"], "5, 3 an epoch; its last step has 2 sample(s); warm-up over the first 1"),
+        (10, ["--max_steps", "7"], "7, 3 an epoch; its last step has 2 sample(s); warm-up over the first 1"),
+        (1, ["--max_steps", "1"], "1, 1 an epoch; its last step has 1 sample(s); warm-up over the first 1"),
+    ],
+)
+def test_the_description_counts_steps(folder, rows, flags, said):
+    model, args = load(folder, *LORA, "--batch_size", "4", "--warmup_steps", "1", *flags)
+    assert f"steps            {said}\n" in describe(model, args, dataset(rows))
+
+
+def test_places_that_stay_empty_are_said(folder):
+    model, args = load(folder, *LORA, "--batch_size", "4", "--batch_size_per_gpu", "3")
+    assert "effective batch  4 = 1 rank(s) x 3 micro-batch x 2 accumulation; 2 of 6 places stay empty" in describe(
+        model, args, dataset()
+    )
+
+
+def usage(free: int):
+    return lambda _: SimpleNamespace(free=free)
+
+
+@pytest.mark.parametrize("flags", [[*FULL, "--deepspeed", "none"], LORA], ids=["full", "lora"])
+def test_free_disk_space_is_held_against_what_is_written(folder, flags, monkeypatch, capsys):
+    model, args = load(folder, *flags, "--batch_size", "1", "--save_steps", "2")
+    weights, checkpoint = estimate_bytes(model, args)
+    needed, least = weights + 3 * checkpoint, weights + checkpoint
+    for free, outcome in (
+        (needed, "nothing"),
+        (needed - 1, "a warning"),
+        (least, "a warning"),
+        (least - 1, "an error"),
+    ):
+        monkeypatch.setattr("finetuning.training.summary.shutil.disk_usage", usage(free))
+        if outcome == "an error":
+            with pytest.raises(InputError, match=r"--output_dir output: expected .* of free disk space"):
+                check_disk(model, args, dataset())
+            continue
+        check_disk(model, args, dataset())
+        assert (capsys.readouterr().out.startswith("warning          output: ")) == (outcome == "a warning")
+
+
+def test_the_sizes_are_those_of_the_files(folder, tmp_path):
+    for flags in ([*FULL, "--deepspeed", "none"], LORA):
+        model, args = load(folder, *flags)
+        weights, checkpoint = estimate_bytes(model, args)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        model.save_pretrained(tmp_path / "saved")
+        found = sum(path.stat().st_size for path in (tmp_path / "saved").glob("*.safetensors"))
+        # but for the names, some 100 bytes a tensor
+        assert weights == pytest.approx(found, abs=15_000)
+        assert checkpoint - weights == 8 * sum(parameter.numel() for parameter in trained)
+        shutil.rmtree(tmp_path / "saved")
+
+
+def test_the_summary_is_kept_for_the_report(folder, capsys):
+    model, args = load(folder, *LORA)
+    Path("output").mkdir(exist_ok=True)
+    write_run(Path("output"), {"script": "x.py", "settings": {}, "spread": {}, "rows": {}, "started": ""})
+    print_summary(model, args, dataset())
+    text = describe(model, args, dataset())
+    assert capsys.readouterr().out.startswith(text)
+    assert read_run(Path("output"))["summary"] == text
+    assert read_run(Path("output"))["script"] == "x.py"
 
 
 def test_the_parts_of_the_official_names():
@@ -354,7 +438,7 @@ def test_a_part_whose_gradients_are_all_zero_is_named(folder, capsys):
     model, _ = load(folder)
     check = GradientCheck(model)
     features = encode_conversation(Conversation("b", [Turn("q", ["a"])]), tiny.processor(2))
-    gradients(model, DataCollatorForPhi3V(tiny.TOKENIZER.pad_token_id)([features]))
+    gradients(model, collate([features]))
     end_of_first_step(check)
     lines = capsys.readouterr().out.splitlines()
     assert [re.match(r"warning: (.*): all gradients of the first step are 0", line)[1] for line in lines] == [
