@@ -32,7 +32,7 @@ STALL_SECONDS, MIN_RATE = 35, 1000
 # Waits before the second, third and fourth attempt, beside the libraries' own retries of a single request.
 RETRY_AFTER = (1, 3, 6)
 # Seconds until the first line about a download that goes well, and from one to the next.
-FIRST_LINE, NEXT_LINE = 30, 60
+FIRST_LINE, NEXT_LINE = 20, 60
 # Seconds between two looks at the download, and between two exchanges of its state between ranks.
 POLL = 0.5
 
