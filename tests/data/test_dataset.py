@@ -420,7 +420,7 @@ def test_a_picture_that_is_damaged_behind_its_header_stops_the_run_or_is_skipped
     assert len(built) == 101
     capsys.readouterr()
     assert built[1] is None
-    assert capsys.readouterr().out.startswith("skipped: sample r1: ")
+    assert capsys.readouterr().out.startswith("skipped: sample r1, turn 1: ")
     assert built[0]["id"] == "r0"
     # A question that cannot be shown is left out before: else both evaluations would end at it.
     answered = build(found, on_bad_row="skip", split="eval")
