@@ -24,8 +24,9 @@ from finetuning.data.hub import load_hub
 from finetuning.data.reading import read_splits
 from finetuning.data.schemas import CauldronText, ConvertedRow, Picture, RowId, RowModel, parse_row
 from finetuning.errors import run
-from finetuning.results.evaluation import Prediction, evaluate, score_again
+from finetuning.results.evaluation import evaluate, score_again
 from finetuning.results.metrics import exact_match
+from finetuning.results.predictions import Prediction
 from finetuning.results.report import write_report
 from finetuning.training.loading import load_model, load_processor
 from finetuning.training.resume import begin

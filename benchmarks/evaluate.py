@@ -18,7 +18,7 @@ import torch
 
 from finetuning.data.conversation import Conversation
 from finetuning.errors import run
-from finetuning.results.evaluation import generate_answers
+from finetuning.results.answering import generate_answers
 from finetuning.training.loading import load_model, load_processor
 
 from .models import base_of, build_folder, parser, recipe_arguments, sample

@@ -14,8 +14,8 @@ from ..arguments import RecipeArguments
 from ..data.dataset import ConversationDataset
 from ..data.images import load_images
 from ..training.identity import read_run
-from .evaluation import read_predictions
 from .metrics import exact_match
+from .predictions import read_predictions
 
 MAX_ROWS = 50
 THUMBNAIL = 480  # pixels

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import transformers  # noqa: E402
 
-from finetuning.results import evaluation, report  # noqa: E402
+from finetuning.results import answering, evaluation, report  # noqa: E402
 from finetuning.training import callbacks, checkpoint, resume, trainer  # noqa: E402
 
 
@@ -85,7 +85,7 @@ def in_a_line(stage: str, call: int):
                 file = open(path, *args, **kwargs)  # noqa: SIM115, HalfWritten closes it
                 return HalfWritten(file, call) if now == stage and path != os.devnull else file
 
-            evaluation.open = half
+            answering.open = half
             return generate(model, dataset, args, now)
 
         evaluation.generate_answers = of_this_stage

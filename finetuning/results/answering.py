@@ -1,0 +1,173 @@
+"""Generates answers over all ranks, each question exactly once, in the data set's order."""
+
+import os
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list, gather_object
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from phi3v import Phi3VProcessor
+from phi3v.processing_phi3_v import IMAGE_TAG
+
+from ..arguments import RecipeArguments
+from ..data.conversation import Conversation, Turn, to_messages
+from ..data.dataset import ConversationDataset
+from ..data.fingerprint import digest, identify_picture
+from ..data.images import load_images
+from ..errors import Stopped
+from ..training.signals import stop_signals
+from .predictions import PREDICTIONS, Prediction, answering_model, keep_answers, rewrite, to_line, with_answer
+
+
+class Prompts(Dataset):
+    """(prompt, images) of each question; earlier turns of its conversation are given with their first answers.
+
+    Holds no image: rows are read again when their turn comes.
+    """
+
+    def __init__(self, dataset: ConversationDataset, folder: str | None):
+        self.dataset = dataset
+        self.questions, self.places = [], []
+        for index, row in enumerate(dataset.rows):
+            conversation = dataset.to_conversation(row)
+            # All pictures, since a tag may name one of a later turn.
+            shown: list[Any] = [[identify_picture(source, folder) for source in conversation.images]]
+            for number, turn in enumerate(conversation.turns):
+                shown.append((turn.user, list(turn.choices)))
+                asked, choices = digest(shown).hex(), dict.fromkeys(turn.choices, 0.0)
+                self.questions.append(
+                    Prediction(conversation.id, number, turn.user, list(turn.answers), "", choices, asked)
+                )
+                self.places.append((index, number))
+                shown.append(turn.answers[0])
+
+    def __len__(self):
+        return len(self.places)
+
+    def __getitem__(self, index):
+        row, turn = self.places[index]
+        conversation = self.dataset.to_conversation(self.dataset.rows[row])
+        earlier = [turn.answers[0] for turn in conversation.turns[:turn]]
+        messages = to_messages(conversation, earlier)
+        prompt = self.dataset.processor.apply_chat_template(messages, add_generation_prompt=True)
+        # This turn and the ones before it may name some of the images only.
+        numbers = sorted({int(number) for number in IMAGE_TAG.findall(prompt)})
+        prompt = IMAGE_TAG.sub(lambda tag: f"<|image_{numbers.index(int(tag[1])) + 1}|>", prompt)
+        shown = Turn("", [], [conversation.images[number - 1] for number in numbers])
+        return prompt, load_images(Conversation(conversation.id, [shown]))
+
+    def collate(self, prompts):
+        if not prompts:
+            return None
+        texts, images = zip(*prompts, strict=True)
+        return self.dataset.processor(list(texts), list(images), padding=True, padding_side="left")
+
+
+def generate_answers(model, dataset: ConversationDataset, args: RecipeArguments, stage: str) -> list[Prediction]:
+    """Answers every turn of every row greedily, on all ranks together.
+
+    The ranks answer batch after batch side by side, and each batch is appended to `predictions.jsonl` in the output
+    folder at once, in the data set's order, with `stage` as its first field. Answers that stand there already are not
+    generated again: those of a run that was stopped, and, where a conversation was changed since, those of all others.
+
+    Args:
+        model: the model or PEFT model, on the run's device; None where all answers are known to be kept.
+        dataset (ConversationDataset): the rows to answer.
+        args (RecipeArguments): per_device_eval_batch_size, max_new_tokens, output_dir, precision.
+        stage (str): "before" or "after".
+
+    Returns:
+        list[Prediction]: one for each question, on every rank.
+    """
+    prompts = Prompts(dataset, args.data_dir)
+    size, ranks, rank = args.per_device_eval_batch_size, args.world_size, args.process_index
+    path = Path(args.output_dir) / PREDICTIONS
+    by = from_first_rank(answering_model(args, stage) if rank == 0 else "", args)
+    kept = from_first_rank(keep_answers(path, stage, by, prompts.questions, ranks * size) if rank == 0 else None, args)
+    predictions = {number: with_answer(prompts.questions[number], kept[number]) for number in kept}
+    todo = [number for number in range(len(prompts)) if number not in predictions]
+    # Round k covers the next `ranks x size` questions; a rank without any in the last round still takes part.
+    starts = range(rank * size, -(-len(todo) // (ranks * size)) * ranks * size, ranks * size)
+    batches = [todo[start : start + size] for start in starts]
+    loader = DataLoader(
+        prompts,
+        batch_sampler=batches,
+        collate_fn=prompts.collate,
+        num_workers=args.dataloader_num_workers if todo else 0,
+    )
+    if todo:
+        model.eval()
+    if todo and kept and rank == 0:
+        print(
+            f"{stage} training: {len(todo)} of {len(prompts)} questions are asked, the other answers are kept",
+            flush=True,
+        )
+    bar = tqdm(
+        total=len(prompts), initial=len(kept), desc=f"answers {stage} training", disable=args.disable_tqdm or rank > 0
+    )
+    # The other ranks write nothing.
+    with open(path if rank == 0 else os.devnull, "a", encoding="utf-8") as file, _precision(args):
+        for batch, inputs in zip(batches, loader, strict=True):
+            asked = [prompts.questions[index] for index in batch]
+            found = _generate(model, dataset.processor, inputs, asked, args) if batch else []
+            pairs = list(zip(batch, found, strict=True))
+            gathered = gather_object(pairs) if ranks > 1 else pairs
+            predictions.update(gathered)
+            bar.update(len(gathered))
+            if rank == 0:
+                # One write for a round: of a round that is cut short nothing is kept.
+                file.write("".join(to_line(stage, by, prediction) for _, prediction in gathered))
+                file.flush()
+            if signum := stop_signals.agree(args.device):
+                raise Stopped(signum, f"{len(predictions)} of {len(prompts)} answers {stage} training are written")
+    bar.close()
+    answered = [predictions[number] for number in range(len(prompts))]
+    if rank == 0 and kept and todo:
+        rewrite(path, stage, by, answered)
+    return answered
+
+
+def from_first_rank(value: Any, args: RecipeArguments) -> Any:
+    """The first rank's value, on all of them: files that it alone writes may come into sight later on others."""
+    return broadcast_object_list([value])[0] if args.world_size > 1 else value
+
+
+def _precision(args: RecipeArguments):
+    # As in training: adapters are kept in float32 beside a base in 16 bits, and autocast brings the two together.
+    mixed = args.use_lora and args.compute_dtype != torch.float32
+    return torch.autocast(args.device.type, dtype=args.compute_dtype) if mixed else nullcontext()
+
+
+@torch.no_grad()
+def _generate(model, processor: Phi3VProcessor, inputs, asked: list[Prediction], args) -> list[Prediction]:
+    inputs = inputs.to(args.device)
+    output = model.generate(**inputs, max_new_tokens=args.max_new_tokens, do_sample=False, use_cache=True)
+    texts = processor.tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    predictions = [replace(question, answer=text.strip()) for question, text in zip(asked, texts, strict=True)]
+    for choice in sorted({choice for question in asked for choice in question.choices}):
+        scores = _log_probability(model, processor, inputs, choice)
+        for prediction, value in zip(predictions, scores, strict=True):
+            if choice in prediction.choices:
+                prediction.choices[choice] = value
+    return predictions
+
+
+def _log_probability(model, processor: Phi3VProcessor, inputs, choice: str) -> list[float]:
+    """Log-probability of `choice` and its `<|end|>` as the whole answer to each prompt of a left-padded batch."""
+    start = len(processor.tokenize("<|assistant|>\n"))
+    answer = torch.tensor(
+        processor.tokenize(f"<|assistant|>\n{choice}<|end|>")[start:], device=inputs["input_ids"].device
+    )
+    answer = answer.expand(len(inputs["input_ids"]), -1)
+    longer = {
+        **inputs,
+        "input_ids": torch.cat((inputs["input_ids"], answer), dim=1),
+        "attention_mask": torch.cat((inputs["attention_mask"], torch.ones_like(answer)), dim=1),
+    }
+    logits = model(**longer, logits_to_keep=answer.shape[1] + 1).logits[:, :-1]  # (B, answer, V)
+    return logits.float().log_softmax(-1).gather(-1, answer[..., None]).sum((1, 2)).tolist()
