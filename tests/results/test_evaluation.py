@@ -17,13 +17,9 @@ from accelerate.state import PartialState
 from finetuning.data.conversation import Conversation, Turn
 from finetuning.data.dataset import ConversationDataset
 from finetuning.errors import InputError, ScriptError
-from finetuning.results.evaluation import (
-    Prediction,
-    evaluate,
-    generate_answers,
-    read_predictions,
-    score_again,
-)
+from finetuning.results.answering import generate_answers
+from finetuning.results.evaluation import evaluate, score_again
+from finetuning.results.predictions import Prediction, read_predictions
 from finetuning.training.checkpoint import seal
 from finetuning.training.identity import write_run
 from finetuning.training.loading import load_processor
