@@ -25,7 +25,7 @@ from pathlib import Path
 import psutil
 
 from demo import build_data, build_model
-from finetuning.training.checkpoint import SAVING, check_checkpoint, find_checkpoints
+from finetuning.training.checkpoint import find_checkpoints, find_damage, read_manifest
 
 from .record import RESULTS, ROOT, provenance, write
 
@@ -86,13 +86,13 @@ class Run:
         """What the run is at, by its files."""
         answered = {"before": 0, "after": 0}
         if (self.output / "predictions.jsonl").exists():
-            for line in (self.output / "predictions.jsonl").read_text().splitlines():
+            for line in (self.output / "predictions.jsonl").read_text(errors="replace").splitlines():
                 answered["after" if '"stage": "after"' in line else "before"] += 1
         if (self.output / "eval_after.json").exists():
             return "reporting"
         if answered["after"]:
             return "answering after"
-        if (self.output / SAVING).exists():
+        if any(read_manifest(path) is None for path in find_checkpoints(self.output)):
             return "saving"
         if (self.output / "eval_before.json").exists():
             return "training"
@@ -152,7 +152,7 @@ def measure(folder: Path, strategy: str, kills: int, stops: int, chooser: random
         run.wait()
         took, checkpoint = time.monotonic() - begun, newest(output)
         if checkpoint:
-            check_checkpoint(output / checkpoint, strategy == "lora")
+            assert find_damage(output / checkpoint) is None
         again = Run(folder, output, strategy).wait()
         stop = {"seconds": round(delay, 1), "phase": moment, "seconds_until_exit": round(took, 1)}
         stop |= {"checkpoint": checkpoint, "status_when_started_again": again, **compare(output, expected)}

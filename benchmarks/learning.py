@@ -296,7 +296,7 @@ def learn(name: str, out_dir: Path, seed: int) -> dict:
 def mean_tokens(folder: Path, held_out: str) -> float:
     """Mean length of the held-out rows as they would be trained."""
     to_conversation = import_module(f"finetune_hf_trainer_{folder.name}").to_conversation
-    processor = Phi3VProcessor.from_pretrained(folder / "model")
+    processor = Phi3VProcessor.from_pretrained(folder / "model", trust_remote_code=False)
     _, rows = read_splits(folder / "data", evaluation=held_out)
     return round(statistics.mean(count_tokens(to_conversation(row), processor) for row in rows), 1)
 

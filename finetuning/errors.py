@@ -168,7 +168,7 @@ def _origin(error: BaseException | None) -> list[str]:
     found = []
     while error is not None:
         found += [frame.filename for frame in traceback.extract_tb(error.__traceback__)][::-1]
-        error = error.__cause__ or error.__context__
+        error = error.__cause__
     return found or [""]
 
 

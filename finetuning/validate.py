@@ -127,12 +127,12 @@ def load_processor(name: str, num_crops: int) -> tuple[Any, list[str]]:
     logging.set_verbosity_error()
     try:
         try:
-            processor = AutoProcessor.from_pretrained(name, local_files_only=True)
+            processor = AutoProcessor.from_pretrained(name, local_files_only=True, trust_remote_code=False)
         except OSError:
             # Where the hub is out of reach, from_pretrained tries for two minutes; this asks once.
             if os.path.isdir(name) or not HfApi().file_exists(name, "tokenizer.json"):
                 raise
-            processor = AutoProcessor.from_pretrained(name)
+            processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
         if not isinstance(processor, Phi3VProcessor):
             raise ValueError(f"expected the processor of a Phi-3-vision model, found {type(processor).__name__}")
         remarks = []

@@ -8,7 +8,9 @@ from typing import Any
 import xxhash
 from PIL import Image
 
+from ..errors import InputError
 from .conversation import Conversation
+from .shown import printable
 
 
 @dataclass(slots=True)
@@ -54,7 +56,10 @@ def identify_picture(source: Any, folder: str | None = None) -> tuple:
             return source.size, source.mode, xxhash.xxh3_64_hexdigest(source.tobytes())
         source = getattr(source, "filename", "")
     path = source["path"] if isinstance(source, dict) else os.fspath(source)
-    status = os.stat(path)
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise InputError(f"{printable(path)}: expected an image file, found: {error.strerror}") from None
     folder = folder and os.path.normpath(folder)
     inside = folder and path.startswith(os.path.join(folder, ""))
     return os.path.relpath(path, folder) if inside else path, status.st_size, status.st_mtime_ns
