@@ -27,14 +27,19 @@ class Ended(BaseException):
     pass
 
 
-@pytest.fixture
-def ending(monkeypatch, capsys):
-    """`ending(main)`: exit status and what stands on stderr."""
+@pytest.fixture(autouse=True)
+def no_real_end(monkeypatch):
+    """Else a fault of `run` would end the tests themselves, without a word."""
 
     def end(status):
         raise Ended(status)
 
     monkeypatch.setattr(errors.os, "_exit", end)
+
+
+@pytest.fixture
+def ending(capsys):
+    """`ending(main)`: exit status and what stands on stderr."""
 
     def call(main) -> tuple[int, str]:
         with pytest.raises(Ended) as ended:
