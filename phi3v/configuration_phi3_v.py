@@ -1,5 +1,7 @@
 """Phi3VConfig: reads the official config.json of Phi-3-vision and Phi-3.5-vision as it is and writes one they still read."""
 
+from typing import Any
+
 from huggingface_hub.dataclasses import strict
 from transformers import CLIPVisionConfig, Phi3Config, PreTrainedConfig
 
@@ -39,13 +41,14 @@ class Phi3VConfig(Phi3Config):
 
     model_type = "phi3_v"
     # One and the same: transformers before 5.20 looks for the second name, later ones for the first.
-    sub_configs_defaults = {"vision_config": CLIPVisionConfig}
+    sub_configs_defaults = {"vision_config": CLIPVisionConfig}  # type: ignore[dict-item]
     sub_configs = {"vision_config": CLIPVisionConfig}
 
     max_position_embeddings: int = 131072
     # `<s>` and `</s>`; what ends an answer is `stop_token_ids`. Null in some copies of the official file.
     eos_token_id: int | list[int] | None = 2
-    vision_config: CLIPVisionConfig | dict | None = None
+    # A CLIPVisionConfig, or until __post_init__ the dict that it is made of.
+    vision_config: Any = None
     image_token_id: int = 32044
     end_token_id: int = 32007
     embd_layer: dict | None = None
@@ -83,7 +86,7 @@ class Phi3VConfig(Phi3Config):
     @property
     def stop_token_ids(self) -> list[int]:
         """Ids that end an answer: `<|end|>` and `<|endoftext|>`."""
-        return [self.end_token_id, self.pad_token_id]
+        return [self.end_token_id, self.pad_token_id]  # type: ignore[list-item]
 
     @property
     def crop_tokens_per_side(self) -> int:

@@ -228,7 +228,7 @@ class Phi3VImageProcessor(BaseImageProcessor):
             np.ndarray: uint8, (H, W, 3), H and W multiples of the crop size.
         """
         image = to_pil(image)
-        width, height = hd_size(*image.size, self._settle_num_crops(num_crops), self.crop_size)
+        width, height = hd_size(image.width, image.height, self._settle_num_crops(num_crops), self.crop_size)
         if image.width >= image.height:
             image = image.resize((width, height), Image.Resampling.BILINEAR)
         else:

@@ -4,6 +4,8 @@ Image features take the place of the `<|image|>` tokens in the input embeddings 
 B rows, N tokens, C crops over the whole batch, S pixels a crop side, T image tokens over the whole batch, V vocabulary.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, GenerationMixin
@@ -33,7 +35,7 @@ def sdpa_packed(module, query, key, value, attention_mask, sample_lengths: list[
     if sample_lengths is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     samples = zip(*(states.split(sample_lengths, dim=2) for states in (query, key, value)), strict=True)
-    return torch.cat([sdpa_attention_forward(module, *sample, None, **kwargs)[0] for sample in samples], dim=1), None
+    return torch.cat([sdpa_attention_forward(module, q, k, v, None, **kwargs)[0] for q, k, v in samples], dim=1), None
 
 
 AttentionInterface.register(SDPA_PACKED, sdpa_packed)
@@ -58,15 +60,16 @@ class Phi3VRotaryEmbedding(nn.Module):
     def __init__(self, config: Phi3VConfig):
         super().__init__()
         self.config = config
-        self._frequencies = {}
+        self._frequencies: dict = {}
 
     def _inverse_frequencies(self, device) -> tuple[torch.Tensor, torch.Tensor, float]:
         if device not in self._frequencies:
-            if self.config.rope_parameters["rope_type"] == "default":
+            rope: Any = self.config.rope_parameters
+            if rope["rope_type"] == "default":
                 short, scaling = Phi3RotaryEmbedding.compute_default_rope_parameters(self.config, device)
                 long = short
             else:
-                longrope = ROPE_INIT_FUNCTIONS[self.config.rope_parameters["rope_type"]]
+                longrope = ROPE_INIT_FUNCTIONS[rope["rope_type"]]
                 limit = self.config.original_max_position_embeddings
                 short, scaling = longrope(self.config, device, seq_len=limit)
                 long, _ = longrope(self.config, device, seq_len=limit + 1)
@@ -195,7 +198,9 @@ class Phi3VImageEmbedding(nn.Module):
         Raises:
             ValueError: if the tokens of a row are not those of its next images.
         """
-        tokens = [count_image_tokens(*size, self.crop_size, self.side) for size in image_sizes.tolist()]
+        tokens = [
+            count_image_tokens(height, width, self.crop_size, self.side) for height, width in image_sizes.tolist()
+        ]
         counts, image = [], 0
         wanted_by_row = is_image.sum(-1).tolist()
         for row, wanted in enumerate(wanted_by_row):
@@ -229,7 +234,7 @@ class Phi3VImageEmbedding(nn.Module):
 class Phi3VPreTrainedModel(Phi3PreTrainedModel):
     config: Phi3VConfig
     config_class = Phi3VConfig
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]
     _no_split_modules = ["Phi3DecoderLayer", "CLIPEncoderLayer", "CLIPVisionEmbeddings"]
     # An alias of embed_tokens in the official state_dict(); its checkpoint does not hold it.
     _keys_to_ignore_on_load_unexpected = [r"vision_embed_tokens\.wte\.weight"]
@@ -247,19 +252,19 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
 
     def __init__(self, config: Phi3VConfig):
         super().__init__(config)
-        self.rotary_emb = Phi3VRotaryEmbedding(config)
+        self.rotary_emb = Phi3VRotaryEmbedding(config)  # type: ignore[assignment]
         self.vision_embed_tokens = Phi3VImageEmbedding(config)
         self.post_init()
 
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values=None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
-        image_sizes: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_sizes: torch.Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
@@ -273,7 +278,7 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
             inputs_embeds = self.embed_tokens(input_ids)
             if pixel_values is not None:
                 inputs_embeds = self._place_images(input_ids, inputs_embeds, pixel_values, image_sizes)
-            elif input_ids.shape[1] > 1 and (input_ids == self.config.image_token_id).any():
+            elif input_ids is not None and input_ids.shape[1] > 1 and (input_ids == self.config.image_token_id).any():
                 raise ValueError(
                     "input_ids hold <|image|> tokens without pixel_values: expected both, as the processor returns them"
                 )
@@ -303,7 +308,7 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
         Only padding on the left has such rows; what comes out of them is never used. But softmax over nothing is nan in some
         kernels, or in their backward pass, and 0 * nan reaches the weights.
         """
-        mask = create_causal_mask(
+        mask: Any = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,

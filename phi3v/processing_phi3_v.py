@@ -3,6 +3,7 @@
 import re
 from itertools import chain, pairwise
 from pathlib import Path
+from typing import Any
 
 from transformers.image_processing_base import BatchFeature
 from transformers.processing_utils import ProcessorMixin
@@ -229,6 +230,8 @@ class Phi3VProcessor(ProcessorMixin):
         if not return_attention_mask:
             del data["attention_mask"]
         if order:
+            pixels: Any
+            image_sizes: Any
             pixels, image_sizes = take_images(features, order, self.image_processor.crop_size)
             if pad_crops:
                 pixels = self.image_processor.pad_crops(pixels, image_sizes, num_crops)
