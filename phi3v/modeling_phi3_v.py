@@ -375,7 +375,8 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor | None = None,
         num_items_in_batch: int | torch.Tensor | None = None,
-        label_smoothing: float = 0.0,
+        # Not label_smoothing: the Trainer takes every argument with "label" in its name for a column of labels.
+        smoothing: float = 0.0,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Runs the model.
@@ -394,7 +395,7 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
                 where a label is, and not returned.
             num_items_in_batch (int | torch.Tensor, optional): number of labels in the whole effective batch; the loss is
                 then the sum over this many instead of the mean.
-            label_smoothing (float): share of the target that is spread evenly over the vocabulary, 0 to 1.
+            smoothing (float): label smoothing, share of the target that is spread evenly over the vocabulary, 0 to 1.
 
         Returns:
             CausalLMOutputWithPast: loss, float32, 0 if there is no label at all; logits (B, positions, V); the cache.
@@ -421,7 +422,7 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         hidden_states = outputs.last_hidden_state
         loss = logits = None
         if labels is not None:
-            loss = self._loss(hidden_states, labels, num_items_in_batch, label_smoothing)
+            loss = self._loss(hidden_states, labels, num_items_in_batch, smoothing)
         if labels is None or logits_to_keep is not None:
             logits = self.lm_head(_keep_positions(hidden_states, logits_to_keep))
         return CausalLMOutputWithPast(
@@ -432,12 +433,12 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
-    def _loss(self, hidden_states, labels, num_items_in_batch, label_smoothing) -> torch.Tensor:
+    def _loss(self, hidden_states, labels, num_items_in_batch, smoothing) -> torch.Tensor:
         targets = labels[:, 1:].to(hidden_states.device)
         is_target = targets != IGNORE_INDEX
         targets = targets[is_target]
         logits = self.lm_head(hidden_states[:, :-1][is_target]).float()  # (labels, V)
-        loss = nn.functional.cross_entropy(logits, targets, reduction="sum", label_smoothing=label_smoothing)
+        loss = nn.functional.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
         if num_items_in_batch is None:
             num_items_in_batch = max(1, len(targets))
         elif isinstance(num_items_in_batch, torch.Tensor):

@@ -86,7 +86,7 @@ class RecipeTrainer(Trainer):
     def compute_loss(self, model, inputs, *args, **kwargs):
         inputs = {name: value for name, value in inputs.items() if name != "ids"}
         if self.args.label_smoothing_factor and model.training:
-            inputs["label_smoothing"] = self.args.label_smoothing_factor
+            inputs["smoothing"] = self.args.label_smoothing_factor
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def training_step(self, model, inputs, num_items_in_batch=None):

@@ -39,6 +39,12 @@ class Run:
         return {entry["step"]: entry for entry in history if "loss" in entry}
 
     @property
+    def eval_losses(self) -> dict[int, float]:
+        """Loss over the rows to answer at each step at which it was measured."""
+        history = json.loads((self.output / "trainer_state.json").read_text())["log_history"]
+        return {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
+
+    @property
     def losses(self) -> list[float]:
         return [entry["loss"] for entry in self.logs.values()]
 

@@ -12,6 +12,7 @@ import runpy
 import signal
 import socket
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -70,9 +71,10 @@ def main(path: str, at_once: int = AT_ONCE) -> None:
         if process in running:
             output, others = running.pop(process)
             if status:
-                # As torchrun does. A process that has ended and is not waited for yet takes the signal too.
+                # As torchrun does.
                 for other in others:
-                    os.kill(other, signal.SIGKILL)
+                    with suppress(ProcessLookupError):
+                        os.kill(other, signal.SIGKILL)
             Path(output + ".status").write_text(str(os.waitstatus_to_exitcode(status)))
 
 
