@@ -629,7 +629,7 @@ BAD = {
 }
 
 
-WEIGHTS = ("no weights", "model: cut weights", "model: missing shard", "model: pickle")
+WEIGHTS = ("no weights", "model: cut weights", "model: pickle")
 
 
 @pytest.mark.parametrize("name", BAD)
