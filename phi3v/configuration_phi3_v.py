@@ -18,6 +18,22 @@ CLIP_VIT_L_14_336 = {
     "hidden_act": "quick_gelu",
 }
 
+# What the official code and vLLM read, and this package only checks.
+# Source: https://huggingface.co/microsoft/Phi-3.5-vision-instruct (config.json)
+EMBD_LAYER = {
+    "embedding_cls": "image",
+    "hd_transform_order": "sub_glb",
+    "projection_cls": "mlp",
+    "use_hd_transform": True,
+    "with_learnable_separator": True,
+}
+IMG_PROCESSOR = {
+    "image_dim_out": 1024,
+    "model_name": "openai/clip-vit-large-patch14-336",
+    "name": "clip_vision_model",
+    "num_img_tokens": 144,
+}
+
 
 @strict
 class Phi3VConfig(Phi3Config):
@@ -32,7 +48,8 @@ class Phi3VConfig(Phi3Config):
         image_token_id (int): id of `<|image|>`, which stands for one image feature in input_ids (official: 32044).
         end_token_id (int): id of `<|end|>`, which ends a turn; generation stops there and at `pad_token_id`
             (`<|endoftext|>`) (official: 32007).
-        embd_layer, img_processor (dict, optional): kept as they are in the official config.json, for the official code.
+        embd_layer, img_processor (dict, optional): kept as they are in the official config.json, and as they are there when
+            missing, for the official code and vLLM.
 
     Raises:
         ValueError: if the crop size is not a whole, even number of patches, or if `embd_layer` asks for another
@@ -67,10 +84,14 @@ class Phi3VConfig(Phi3Config):
             kwargs["rope_scaling"] = {**factors, "rope_type": "longrope", "factor": factor}
         if not isinstance(self.vision_config, PreTrainedConfig):
             self.vision_config = CLIPVisionConfig(**{**CLIP_VIT_L_14_336, **(self.vision_config or {})})
+        if self.embd_layer is None:
+            self.embd_layer = dict(EMBD_LAYER)
+        if self.img_processor is None:
+            self.img_processor = dict(IMG_PROCESSOR)
         super().__post_init__(**kwargs)
         layout = {"hd_transform_order": "sub_glb", "use_hd_transform": True, "with_learnable_separator": True}
         for key, expected in layout.items():
-            found = (self.embd_layer or {}).get(key, expected)
+            found = self.embd_layer.get(key, expected)
             if found != expected:
                 raise ValueError(
                     f"config.json: embd_layer.{key} is {found!r}, and only {expected!r} is supported: it is what "

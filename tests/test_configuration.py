@@ -52,6 +52,14 @@ def test_saved_config_has_the_official_keys_and_values(official, tmp_path):
     assert not {"rope_parameters", "auto_map", "_attn_implementation"} & written.keys()
 
 
+def test_a_config_made_here_has_the_official_fields_that_others_read(official, tmp_path):
+    expected = json.loads((official / "config.json").read_text())
+    tiny.config().save_pretrained(tmp_path / "made")
+    written = json.loads((tmp_path / "made" / "config.json").read_text())
+    for key in ("embd_layer", "img_processor"):
+        assert written[key] == expected[key]
+
+
 @pytest.mark.parametrize("changes", [{}, {"rope_scaling": None}, {"rope_theta": 5000.0}])
 def test_config_survives_a_round_trip_twice(changes, tmp_path):
     first = tiny.config(**changes)
