@@ -23,7 +23,7 @@ test: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 test-all: $(VENV)/installed
 	$(VENV)/bin/python -m pytest -m "slow or not slow" --hypothesis-profile=long

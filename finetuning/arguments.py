@@ -255,6 +255,13 @@ class RecipeArguments(TrainingArguments):
                 raise InputError(f"--{name} {value}: expected at most {most}")
         if self.max_steps != -1 and self.max_steps < 1:
             raise InputError(f"--max_steps {self.max_steps}: expected at least 1; --do_train False trains nothing")
+        for name in self._VALID_DICT_FIELDS:
+            value = getattr(self, name)
+            if name != "deepspeed" and isinstance(value, str) and value.startswith("{"):
+                try:
+                    json.loads(value)
+                except (ValueError, RecursionError) as error:
+                    raise InputError(f"--{name} {value:.80}: expected JSON, found: {error}") from None
         if self.do_predict:
             raise InputError(
                 "--do_predict: expected it left out; rows are answered before and after training, see --eval_size"

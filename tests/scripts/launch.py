@@ -14,6 +14,8 @@ from pathlib import Path
 
 from recipe import LAUNCHER
 
+from benchmarks.record import provenance, write
+
 ROOT = Path(__file__).parents[2]
 TIMEOUT = 600  # seconds
 
@@ -153,3 +155,11 @@ def several(
         status, stdout, stderr = (output.with_name(file + end).read_text() for end in (".status", ".out", ".err"))
         runs[name] = Run(output, int(status), stdout, stderr)
     return runs
+
+
+def record_bad_inputs(path: Path, runs: dict[str, Run], folder: str) -> None:
+    """Adds the line that each bad input got to a result file; `folder` becomes DIR in it."""
+    said = json.loads(path.read_text())["bad_inputs"] if path.exists() else {}
+    for name, run in runs.items():
+        said[name] = {"status": run.status, "line": (run.errors or [""])[0].replace(folder, "DIR")}
+    write(path, provenance("torch", "transformers") | {"bad_inputs": said})

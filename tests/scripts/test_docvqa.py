@@ -16,13 +16,12 @@ import pytest
 import recipe
 import tiny
 import torch
-from launch import Run, python, several, torchrun
+from launch import Run, python, record_bad_inputs, several, torchrun
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoProcessor
 
-from benchmarks.record import provenance, write
 from finetuning.results.metrics import anls
 from finetuning.training.lora import nf4
 from phi3v import Phi3VForCausalLM
@@ -568,11 +567,7 @@ def bad(folder, base, data, request) -> dict[str, Run]:
         {name: ["--model_name_or_path", str(hollow), *SMALL_RUN, *more] for name, more in calls.items()}, home
     )
     if path := request.config.getoption("--bad-inputs"):
-        said = {
-            name: {"status": run.status, "line": (run.errors or [""])[0].replace(str(home.parent), "DIR")}
-            for name, run in runs.items()
-        }
-        write(Path(path), provenance("torch", "transformers") | {"bad_inputs": said})
+        record_bad_inputs(Path(path), runs, str(home.parent))
     return runs
 
 
