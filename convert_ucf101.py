@@ -41,7 +41,7 @@ import av
 from PIL import Image
 from tqdm import tqdm
 
-from finetuning.errors import InputError, run
+from finetuning.errors import InputError, run_script
 
 REPO, ARCHIVE = "sayakpaul/ucf101-subset", "UCF101_subset.tar.gz"
 SPLITS = ("train", "val", "test")
@@ -415,4 +415,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -23,13 +23,13 @@ from finetuning.data.dataset import build_dataset
 from finetuning.data.hub import load_hub
 from finetuning.data.reading import read_splits
 from finetuning.data.schemas import CauldronRow, ConvertedRow, Picture, RowId, RowModel, Text, parse_row
-from finetuning.errors import run
+from finetuning.errors import run_script
 from finetuning.results.evaluation import evaluate, score_again
 from finetuning.results.metrics import anls
 from finetuning.results.predictions import Prediction
 from finetuning.results.report import write_report
 from finetuning.training.loading import load_model, load_processor
-from finetuning.training.resume import begin
+from finetuning.training.resume import begin_or_resume
 from finetuning.training.summary import print_summary
 from finetuning.training.trainer import RecipeTrainer
 
@@ -87,7 +87,7 @@ def main():
     train_rows, eval_rows = load_splits(args)
     train_dataset = build_dataset(train_rows, to_conversation, processor, args, split="train")
     eval_dataset = build_dataset(eval_rows, to_conversation, processor, args, split="eval")
-    if begin(args, train_dataset, eval_dataset) and score_again(eval_dataset, score, args):
+    if begin_or_resume(args, train_dataset, eval_dataset) and score_again(eval_dataset, score, args):
         write_report(args, __doc__, eval_dataset)
         return
 
@@ -109,4 +109,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -27,7 +27,7 @@ import numpy as np
 from PIL import Image
 
 from convert_ucf101 import VIDEO, frame_indices
-from finetuning.errors import InputError, run
+from finetuning.errors import InputError, run_script
 
 from .record import RESULTS, ROOT, provenance, write
 
@@ -146,4 +146,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from finetuning.data.collator import DataCollatorForPhi3V
-from finetuning.errors import run
+from finetuning.errors import run_script
 from finetuning.training.loading import load_model
 
 from .models import build_folder, parser, recipe_arguments
@@ -119,4 +119,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

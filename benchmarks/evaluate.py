@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from finetuning.data.conversation import Conversation
-from finetuning.errors import run
+from finetuning.errors import run_script
 from finetuning.results.answering import generate_answers
 from finetuning.training.loading import load_model, load_processor
 
@@ -83,4 +83,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from finetuning.errors import RunError, run
+from finetuning.errors import RunError, run_script
 
 from .models import STRATEGIES, build_folder, parser
 from .record import RESULTS, provenance, write
@@ -98,4 +98,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -51,7 +51,7 @@ import finetune_hf_trainer_hateful_memes
 from demo import build_config, build_processor, build_tokenizer
 from finetuning.data.encoding import count_tokens
 from finetuning.data.reading import read_splits
-from finetuning.errors import InputError, run
+from finetuning.errors import InputError, run_script
 from phi3v import Phi3VForCausalLM, Phi3VProcessor
 
 from .record import RESULTS, ROOT, provenance, write
@@ -332,4 +332,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from finetuning.errors import run
+from finetuning.errors import run_script
 
 from .models import IMAGES, build_folder, parser
 from .record import RESULTS, provenance, write
@@ -97,4 +97,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

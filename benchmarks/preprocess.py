@@ -25,7 +25,7 @@ import torch
 from PIL import Image, ImageOps
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from finetuning.errors import RunError, run
+from finetuning.errors import RunError, run_script
 from phi3v import Phi3VImageProcessor
 from phi3v.image_processing_phi3_v import WHITE, hd_size, padded_size
 
@@ -122,4 +122,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

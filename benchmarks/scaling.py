@@ -49,7 +49,7 @@ from transformers import TrainerCallback
 from finetuning.arguments import ZERO2, parse_args
 from finetuning.data.collator import DataCollatorForPhi3V
 from finetuning.data.encoding import encode_conversation
-from finetuning.errors import run
+from finetuning.errors import run_script
 from finetuning.training.loading import load_model, load_processor
 from finetuning.training.trainer import RecipeTrainer
 
@@ -283,4 +283,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

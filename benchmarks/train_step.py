@@ -50,7 +50,7 @@ from transformers import Trainer
 
 from finetuning.data.collator import DataCollatorForPhi3V
 from finetuning.data.encoding import encode_conversation
-from finetuning.errors import RunError, run
+from finetuning.errors import RunError, run_script
 from finetuning.training.callbacks import keep_text_activations
 from finetuning.training.loading import load_model, load_processor
 from phi3v import Phi3VConfig
@@ -445,4 +445,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -335,7 +335,7 @@ class RecipeArguments(TrainingArguments):
                 "--use_qlora without bitsandbytes: expected it installed; pip install bitsandbytes, or use --use_lora"
             )
         self.use_lora = self.use_lora or self.use_qlora
-        self._check_kernel(on_gpu)
+        self._check_attention(on_gpu)
         self._derive_deepspeed()
 
     def _derive_deepspeed(self):
@@ -418,7 +418,7 @@ class RecipeArguments(TrainingArguments):
                 f"found: {_first_line(error)}"
             ) from None
 
-    def _check_kernel(self, on_gpu: bool):
+    def _check_attention(self, on_gpu: bool):
         known = ("eager", "sdpa", "flash_attention_2")
         if self.attn_implementation not in (None, *known):
             raise InputError(f"--attn_implementation {self.attn_implementation}: expected one of {', '.join(known)}")

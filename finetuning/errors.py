@@ -57,7 +57,7 @@ class Stopped(Exception):
         self.signum = signum
 
 
-def run(main: Callable[[], None]) -> None:
+def run_script(main: Callable[[], None]) -> None:
     """Runs a script's `main`; what ends it early becomes one line on stderr and an exit status.
 
     2 for an `InputError`; 1 for a `RunError`, a fault of the script's own functions (a short traceback of their frames), a

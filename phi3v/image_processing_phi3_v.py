@@ -198,14 +198,14 @@ class Phi3VImageProcessor(BaseImageProcessor):
         # The official file names remote code there.
         kwargs.pop("auto_map", None)
         super().__init__(**kwargs)
-        self.num_crops = self._settle_num_crops(num_crops)
+        self.num_crops = self._resolve_num_crops(num_crops)
         self.image_mean = list(image_mean or OPENAI_CLIP_MEAN)
         self.image_std = list(image_std or OPENAI_CLIP_STD)
         self.num_img_tokens = num_img_tokens
         self.crop_size = crop_size
         self.do_convert_rgb = do_convert_rgb
 
-    def _settle_num_crops(self, num_crops: int | None) -> int:
+    def _resolve_num_crops(self, num_crops: int | None) -> int:
         num_crops = self.num_crops if num_crops is None else num_crops
         if isinstance(num_crops, bool) or not isinstance(num_crops, Integral) or not 1 <= num_crops <= MAX_NUM_CROPS:
             raise ValueError(f"num_crops is {num_crops!r}: expected a whole number from 1 to {MAX_NUM_CROPS}")
@@ -213,7 +213,7 @@ class Phi3VImageProcessor(BaseImageProcessor):
 
     def calc_num_image_tokens_from_image_size(self, width: int, height: int, num_crops: int | None = None) -> int:
         """Image tokens of a `width` x `height` image, known without decoding it (same name as the official method)."""
-        resized = hd_size(width, height, self._settle_num_crops(num_crops), self.crop_size)
+        resized = hd_size(width, height, self._resolve_num_crops(num_crops), self.crop_size)
         padded_width, padded_height = padded_size(*resized, self.crop_size)
         return count_image_tokens(padded_height, padded_width, self.crop_size, math.isqrt(self.num_img_tokens))
 
@@ -228,7 +228,7 @@ class Phi3VImageProcessor(BaseImageProcessor):
             np.ndarray: uint8, (H, W, 3), H and W multiples of the crop size.
         """
         image = to_pil(image)
-        width, height = hd_size(image.width, image.height, self._settle_num_crops(num_crops), self.crop_size)
+        width, height = hd_size(image.width, image.height, self._resolve_num_crops(num_crops), self.crop_size)
         if image.width >= image.height:
             image = image.resize((width, height), Image.Resampling.BILINEAR)
         else:
@@ -289,7 +289,7 @@ class Phi3VImageProcessor(BaseImageProcessor):
     ) -> torch.Tensor:
         """The official layout: (total crops, 3, S, S) -> (images, num_crops + 1, 3, S, S), filled up with zeros."""
         counts = [1 + height * width // self.crop_size**2 for height, width in image_sizes.tolist()]
-        most = 1 + self._settle_num_crops(num_crops)
+        most = 1 + self._resolve_num_crops(num_crops)
         padded = pixel_values.new_zeros(len(counts), most, *pixel_values.shape[1:])
         for image, crops in zip(padded, pixel_values.split(counts), strict=True):
             image[: len(crops)] = crops
@@ -312,12 +312,12 @@ class Phi3VImageProcessor(BaseImageProcessor):
             tiles[:, :, channel].copy_(pixels.view(rows, side, columns, side).transpose(1, 2))
 
 
-def join(tensors: list[torch.Tensor]) -> torch.Tensor:
+def join_crops(tensors: list[torch.Tensor]) -> torch.Tensor:
     """torch.cat along the first dimension that does not copy a tensor that is alone: a page's crops are 23 MB."""
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
-def take_images(features: BatchFeature, order: list[int], crop_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def select_images(features: BatchFeature, order: list[int], crop_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """pixel_values and image_sizes of these of the images of `Phi3VImageProcessor`, in this order; copied only where it differs."""
     pixel_values, image_sizes = features["pixel_values"], features["image_sizes"]
     if order == list(range(len(image_sizes))):

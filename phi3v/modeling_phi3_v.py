@@ -346,15 +346,15 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
-        self._settle_generation()
+        self._set_stop_tokens()
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
         loaded = super().from_pretrained(*args, **kwargs)
-        (loaded[0] if isinstance(loaded, tuple) else loaded)._settle_generation()
+        (loaded[0] if isinstance(loaded, tuple) else loaded)._set_stop_tokens()
         return loaded
 
-    def _settle_generation(self):
+    def _set_stop_tokens(self):
         # The official generation_config.json stops at `</s>` only, which the model never writes.
         self.generation_config.eos_token_id = self.config.stop_token_ids
         self.generation_config.pad_token_id = self.config.pad_token_id

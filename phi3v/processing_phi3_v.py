@@ -9,7 +9,7 @@ from transformers.image_processing_base import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import TensorType
 
-from .image_processing_phi3_v import take_images
+from .image_processing_phi3_v import select_images
 
 IMAGE_TAG = re.compile(r"<\|image_(\d+)\|>")
 IMAGE_TOKEN = "<|image|>"
@@ -232,7 +232,7 @@ class Phi3VProcessor(ProcessorMixin):
         if order:
             pixels: Any
             image_sizes: Any
-            pixels, image_sizes = take_images(features, order, self.image_processor.crop_size)
+            pixels, image_sizes = select_images(features, order, self.image_processor.crop_size)
             if pad_crops:
                 pixels = self.image_processor.pad_crops(pixels, image_sizes, num_crops)
             if return_tensors is not None and TensorType(return_tensors) == TensorType.NUMPY:

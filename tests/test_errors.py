@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from finetuning import errors
-from finetuning.errors import InputError, RunError, ScriptError, Stopped, describe_script_error, run
+from finetuning.errors import InputError, RunError, ScriptError, Stopped, describe_script_error, run_script
 
 own_process = pytest.fixture(autouse=True)(recipe.own_process)
 
@@ -43,7 +43,7 @@ def ending(capsys):
 
     def call(main) -> tuple[int, str]:
         with pytest.raises(Ended) as ended:
-            run(main)
+            run_script(main)
         return ended.value.args[0], capsys.readouterr().err
 
     return call
@@ -279,7 +279,7 @@ def test_a_library_that_fails_below_main_is_no_fault_of_the_script(script):
             json.loads("{")
         """)
     with pytest.raises(ValueError, match="Expecting property name"):
-        run(main)
+        run_script(main)
 
 
 def test_what_main_itself_does_wrong_is_the_scripts(ending, script):

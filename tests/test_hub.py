@@ -372,14 +372,14 @@ import sys, time
 sys.path.insert(0, {tests!r})
 from finetuning.arguments import parse_args
 from finetuning.data.hub import fetch_file, load_hub
-from finetuning.errors import run
+from finetuning.errors import run_script
 
 def main():
     args = parse_args(["--model_name_or_path", {model!r}, "--batch_size", "3", "--ddp_timeout", "8", "--no-tqdm"])
     rows = load_hub(args, "nielsr/docvqa_1200_examples")
     sys.stdout.write(f"rank {{args.process_index}}: {{len(rows)}} rows\\n")
 
-run(main)
+run_script(main)
 """
 
 

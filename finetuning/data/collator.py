@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from phi3v.image_processing_phi3_v import join
+from phi3v.image_processing_phi3_v import join_crops
 from phi3v.modeling_phi3_v import IGNORE_INDEX
 
 
@@ -38,7 +38,7 @@ class DataCollatorForPhi3V:
         batch = self._join(samples or [empty]) if self.padding_free else self._pad(samples or [empty])
         with_images = [sample for sample in samples if "pixel_values" in sample]
         if with_images:
-            batch["pixel_values"] = join([feature["pixel_values"] for feature in with_images])
+            batch["pixel_values"] = join_crops([feature["pixel_values"] for feature in with_images])
             batch["image_sizes"] = torch.cat([feature["image_sizes"] for feature in with_images])
         # For messages; `RecipeTrainer` takes them out before the model sees the batch.
         batch["ids"] = [sample["id"] for sample in samples]

@@ -6,7 +6,7 @@ from typing import Any
 from transformers.image_processing_base import BatchFeature
 
 from phi3v import Phi3VProcessor
-from phi3v.image_processing_phi3_v import take_images
+from phi3v.image_processing_phi3_v import select_images
 from phi3v.modeling_phi3_v import IGNORE_INDEX
 from phi3v.processing_phi3_v import find_tags
 
@@ -72,7 +72,7 @@ def encode_conversation(
         text = "\n".join(message["content"] for message in to_messages(conversation, answers))
         order = [number - 1 for number in find_tags(text, len(images))]
         crop_size = processor.image_processor.crop_size
-        encoded["pixel_values"], encoded["image_sizes"] = take_images(features, order, crop_size)
+        encoded["pixel_values"], encoded["image_sizes"] = select_images(features, order, crop_size)
     return encoded
 
 

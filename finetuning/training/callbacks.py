@@ -16,7 +16,7 @@ from ..errors import RunError, Stopped
 from .checkpoint import find_checkpoints, seal
 from .identity import RUN, read_run
 from .signals import stop_signals
-from .summary import part_of
+from .summary import model_part
 
 NONFINITE_IN_A_ROW = 10
 
@@ -27,7 +27,7 @@ def keep_text_activations(model) -> None:
     With a page the vision tower's activations take as much memory as the language model's, for a third of its FLOPs.
     """
     for name, module in model.named_modules():
-        if isinstance(module, GradientCheckpointingLayer) and part_of(name) == "language model":
+        if isinstance(module, GradientCheckpointingLayer) and model_part(name) == "language model":
             module.gradient_checkpointing = False
 
 
@@ -109,7 +109,7 @@ class PendingLoss(TrainerCallback):
         """Adds the loss of a micro-batch; `RecipeTrainer.training_step` calls it."""
         self._sum = self._sum.to(loss.device) + loss
 
-    def take(self, state) -> float:
+    def pop_mean(self, state) -> float:
         """Mean loss of a step since the last log, over all ranks, which call it together; begins anew."""
         total = self._sum.clone()
         if dist.is_initialized():
@@ -188,7 +188,7 @@ class GradientCheck(TrainerCallback):
         self._hooks, self._seen = [], {}
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                part = part_of(name)
+                part = model_part(name)
                 self._seen.setdefault(part, [0, 0])
                 self._hooks.append(parameter.register_hook(self._watch(part)))
 

@@ -56,7 +56,7 @@ _lock_file = None
 
 
 @dataclass
-class _Found:
+class _FolderState:
     """What the first rank has found in the output folder.
 
     Args:
@@ -70,7 +70,9 @@ class _Found:
     candidates: list[str]
 
 
-def begin(args: RecipeArguments, train_dataset: ConversationDataset, eval_dataset: ConversationDataset) -> bool:
+def begin_or_resume(
+    args: RecipeArguments, train_dataset: ConversationDataset, eval_dataset: ConversationDataset
+) -> bool:
     """Settles where the run begins; `args.resume_from_checkpoint` then names it, None for a fresh start.
 
     The same command started again on the same --output_dir goes on from its newest whole checkpoint. A run that trains
@@ -87,7 +89,7 @@ def begin(args: RecipeArguments, train_dataset: ConversationDataset, eval_datase
         InputError: on every rank, if the folder is another run's, is in use, or its checkpoint cannot be used.
     """
     output = Path(args.output_dir)
-    found = _on_first_rank(args, lambda: _look(args, train_dataset, eval_dataset))
+    found = _on_first_rank(args, lambda: _inspect_folder(args, train_dataset, eval_dataset))
     damaged, chosen = [], None
     for candidate in found.candidates:
         damage = find_damage(Path(candidate), found.record["identity"])
@@ -97,7 +99,7 @@ def begin(args: RecipeArguments, train_dataset: ConversationDataset, eval_datase
         damaged.append((candidate, damage))
     finished = chosen == str(output)
     args.resume_from_checkpoint = _on_first_rank(
-        args, lambda: _settle(args, found, chosen, damaged, train_dataset, eval_dataset)
+        args, lambda: _mark_folder(args, found, chosen, damaged, train_dataset, eval_dataset)
     )
     return finished
 
@@ -118,7 +120,7 @@ def _on_first_rank(args: RecipeArguments, decide: Callable[[], T]) -> T:
     return value
 
 
-def _look(args: RecipeArguments, train: ConversationDataset, evaluation: ConversationDataset) -> _Found:
+def _inspect_folder(args: RecipeArguments, train: ConversationDataset, evaluation: ConversationDataset) -> _FolderState:
     output = Path(args.output_dir)
     _lock(output)
     if args.overwrite_output_dir and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
@@ -143,14 +145,14 @@ def _look(args: RecipeArguments, train: ConversationDataset, evaluation: Convers
     if named:
         path = Path(str(args.resume_from_checkpoint))
         _compare_named(path, record, train)
-        return _Found(record, earlier, [str(path)])
+        return _FolderState(record, earlier, [str(path)])
     if earlier is None and checkpoints:
         raise InputError(
             f"--output_dir {output}: expected {RUN} beside {checkpoints[0].name}, found none, so that nothing tells what was "
             "trained there; choose another --output_dir, or start afresh with --overwrite_output_dir"
         )
     if earlier is None:
-        return _Found(record, None, [])
+        return _FolderState(record, None, [])
     kind = "finished" if final else "half-done"
     differences = _differences(record, earlier, train, read_rows(output, "train"))
     if differences and (final or checkpoints):
@@ -160,7 +162,7 @@ def _look(args: RecipeArguments, train: ConversationDataset, evaluation: Convers
             f"starting afresh: the earlier run in {output} left no checkpoint, and differs: {'; '.join(differences)}",
             flush=True,
         )
-        return _Found(record, earlier, [])
+        return _FolderState(record, earlier, [])
     same_spread = not checkpoints or final or not settings["deepspeed"] or spread == earlier["spread"]
     if not same_spread and spread["processes"] != earlier["spread"]["processes"]:
         raise InputError(
@@ -172,12 +174,12 @@ def _look(args: RecipeArguments, train: ConversationDataset, evaluation: Convers
         if spread[name] != earlier["spread"].get(name):
             print(f"changed: {name} {spread[name]} instead of {earlier['spread'].get(name)}", flush=True)
     candidates = [*([output] if final else []), *checkpoints]
-    return _Found(record, earlier, [str(path) for path in candidates])
+    return _FolderState(record, earlier, [str(path) for path in candidates])
 
 
-def _settle(
+def _mark_folder(
     args: RecipeArguments,
-    found: _Found,
+    found: _FolderState,
     chosen: str | None,
     damaged: list[tuple[str, str]],
     train: ConversationDataset,

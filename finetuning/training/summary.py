@@ -16,7 +16,7 @@ from .identity import read_run, write_run
 PARTS = ("vision tower", "projector", "language model", "adapters")
 
 
-def part_of(name: str) -> str:
+def model_part(name: str) -> str:
     """The part of the model, one of `PARTS`, that a parameter belongs to."""
     if "lora_" in name:
         return "adapters"
@@ -58,8 +58,8 @@ def describe(model, args: RecipeArguments, dataset: ConversationDataset) -> str:
     for name, parameter in model.named_parameters():
         # Two 4-bit weights are packed in one byte.
         packed = parameter.dtype == torch.uint8
-        counts[part_of(name)][0 if parameter.requires_grad else 1] += parameter.numel() * (2 if packed else 1)
-        dtypes[part_of(name)].add("nf4" if packed else str(parameter.dtype).removeprefix("torch."))
+        counts[model_part(name)][0 if parameter.requires_grad else 1] += parameter.numel() * (2 if packed else 1)
+        dtypes[model_part(name)].add("nf4" if packed else str(parameter.dtype).removeprefix("torch."))
     lines = [f"{'part':<16}{'trainable':>16}{'frozen':>16}  dtype"]
     for part in PARTS:
         trainable, frozen = counts[part]

@@ -98,7 +98,7 @@ class RecipeTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "loss" in logs:
-            logs["loss"] = self._pending.take(self.state)
+            logs["loss"] = self._pending.pop_mean(self.state)
         super().log(logs, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

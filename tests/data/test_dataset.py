@@ -433,7 +433,7 @@ def test_a_worker_names_the_sample_it_cannot_read(tmp_path):
     loader = DataLoader(built, batch_size=None, num_workers=1)
     with pytest.raises(InputError) as caught:
         next(iter(loader))
-    # what errors.run prints of it
+    # what errors.run_script prints of it
     assert "sample r0" in str(caught.value).strip().splitlines()[-1]
 
 

@@ -20,7 +20,7 @@ from finetuning.errors import InputError
 from finetuning.training import resume
 from finetuning.training.checkpoint import find_damage, read_manifest, seal
 from finetuning.training.identity import read_run
-from finetuning.training.resume import begin
+from finetuning.training.resume import begin_or_resume
 
 SCRIPT = "finetune_hf_trainer_docvqa.py"
 LORA = ["--use_lora"]
@@ -61,7 +61,7 @@ class Start:
 
     def __call__(self, *flags, train=TRAIN, answer=EVAL, strategy=LORA) -> str | None:
         args = recipe.arguments(self.folder, *strategy, *flags)
-        self.finished = begin(args, train, answer)
+        self.finished = begin_or_resume(args, train, answer)
         found = args.resume_from_checkpoint
         return found and os.path.relpath(found)
 
@@ -436,13 +436,13 @@ def test_a_restart_by_torchrun_overwrites_nothing(start, output, monkeypatch):
     found = Start(start.folder)
     args = recipe.arguments(start.folder, *LORA, "--overwrite_output_dir")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    found.finished = begin(args, TRAIN, EVAL)
+    found.finished = begin_or_resume(args, TRAIN, EVAL)
     assert os.path.relpath(args.resume_from_checkpoint) == "output/checkpoint-5"
     checkpoint = {name for name in before if name.startswith("checkpoint-5/")}
     assert {name: contents(output)[name] for name in checkpoint} == {name: before[name] for name in checkpoint}
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
     args.resume_from_checkpoint = None
-    begin(args, TRAIN, EVAL)
+    begin_or_resume(args, TRAIN, EVAL)
     assert args.resume_from_checkpoint is None
     assert not (output / "checkpoint-5").exists()
 

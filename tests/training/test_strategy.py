@@ -26,7 +26,7 @@ from finetuning.errors import InputError
 from finetuning.training.callbacks import GradientCheck, keep_text_activations
 from finetuning.training.identity import read_run, write_run
 from finetuning.training.loading import load_model, load_processor
-from finetuning.training.summary import check_disk, describe, estimate_bytes, part_of, print_summary
+from finetuning.training.summary import check_disk, describe, estimate_bytes, model_part, print_summary
 from phi3v import Phi3VForCausalLM
 
 own_process = pytest.fixture(autouse=True)(recipe.own_process)
@@ -140,8 +140,8 @@ def test_the_language_model_alone_can_keep_its_activations(folder, flags):
     model.activation_checkpointing_enable()
     keep_text_activations(model)
     layers = {name: m for name, m in model.named_modules() if isinstance(m, GradientCheckpointingLayer)}
-    assert {part_of(name) for name in layers} == {"vision tower", "language model"}
-    assert all(layer.gradient_checkpointing == (part_of(name) == "vision tower") for name, layer in layers.items())
+    assert {model_part(name) for name in layers} == {"vision tower", "language model"}
+    assert all(layer.gradient_checkpointing == (model_part(name) == "vision tower") for name, layer in layers.items())
 
 
 @pytest.mark.parametrize("flags", [[], ["--torch_compile_backend", "eager"]], ids=["not asked for", "asked for"])
@@ -311,7 +311,7 @@ def test_the_description_counts_what_is_trained(folder, flags, line):
     expected = defaultdict(lambda: [0, 0])
     for name, parameter in reference.named_parameters():
         fixed = args.use_lora or LAST_CLIP_LAYER.search(name) or (args.freeze_vision_model and VISION in name)
-        expected[part_of(name)][1 if fixed else 0] += parameter.numel()
+        expected[model_part(name)][1 if fixed else 0] += parameter.numel()
     lora = sum(parameter.numel() for name, parameter in model.named_parameters() if "lora_" in name)
     if lora:
         expected["adapters"] = [lora, 0]
@@ -399,12 +399,14 @@ def test_the_summary_is_kept_for_the_report(folder, capsys):
 
 
 def test_the_parts_of_the_official_names():
-    assert part_of("model.vision_embed_tokens.img_processor.vision_model.embeddings.class_embedding") == "vision tower"
-    assert part_of("model.vision_embed_tokens.glb_GN") == "projector"
-    assert part_of("model.vision_embed_tokens.img_projection.0.weight") == "projector"
-    assert part_of("model.layers.0.mlp.down_proj.weight") == "language model"
-    assert part_of("lm_head.weight") == "language model"
-    assert part_of("base_model.model.lm_head.lora_A.default.weight") == "adapters"
+    assert (
+        model_part("model.vision_embed_tokens.img_processor.vision_model.embeddings.class_embedding") == "vision tower"
+    )
+    assert model_part("model.vision_embed_tokens.glb_GN") == "projector"
+    assert model_part("model.vision_embed_tokens.img_projection.0.weight") == "projector"
+    assert model_part("model.layers.0.mlp.down_proj.weight") == "language model"
+    assert model_part("lm_head.weight") == "language model"
+    assert model_part("base_model.model.lm_head.lora_A.default.weight") == "adapters"
 
 
 # ---- gradients of the first step

@@ -128,7 +128,7 @@ def trainer(folder):
 
 
 def resume(trainer, checkpoint: str, *flags: str, **options) -> RecipeTrainer:
-    """Goes on from a checkpoint in another folder, as a script does: `begin` leaves its name in the arguments."""
+    """Goes on from a checkpoint in another folder, as a script does: `begin_or_resume` leaves its name in the arguments."""
     output = f"from-{Path(checkpoint).name}"
     found = trainer("--output_dir", output, "--resume_from_checkpoint", checkpoint, *flags, **options)
     found.train(resume_from_checkpoint=found.args.resume_from_checkpoint)
@@ -385,7 +385,7 @@ def test_a_disk_that_is_full_at_the_manifest_leaves_the_checkpoint_before(traine
         seal(folder, facts)
 
     monkeypatch.setattr("finetuning.training.callbacks.seal", fails)
-    # `errors.run` has a line for it
+    # `errors.run_script` has a line for it
     with pytest.raises((OSError, RunError), match="No space left on device"):
         trainer("--save_total_limit", "1").train()
     assert checkpoints() == ["checkpoint-2"]
@@ -468,7 +468,7 @@ def test_with_another_number_of_processes_the_pending_loss_is_their_mean(trainer
     again = trainer("--output_dir", "again", "--logging_first_step", "False", "--resume_from_checkpoint", str(folder))
     again._pending.on_train_begin(again.args, again.state, again.control)
     again.state.global_step = 2
-    assert again._pending.take(again.state) == (0.5 if weights == "1" else 1.0)
+    assert again._pending.pop_mean(again.state) == (0.5 if weights == "1" else 1.0)
 
 
 def test_resumed_at_its_last_step_nothing_is_trained_any_more(trainer, capsys):
