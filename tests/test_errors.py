@@ -200,16 +200,16 @@ def test_a_killed_worker_that_the_signal_tells_of_is_one_line(ending):
 )
 def test_a_fault_of_a_library_keeps_its_traceback(error):
     with pytest.raises(type(error)) as caught:
-        run(raised_in(TORCH, error))
+        run_script(raised_in(TORCH, error))
     assert caught.value is error
 
 
 def test_a_status_of_its_own_is_kept():
     with pytest.raises(SystemExit) as ended:
-        run(lambda: sys.exit(3))
+        run_script(lambda: sys.exit(3))
     assert ended.value.code == 3
-    assert run(lambda: sys.exit(0)) is None
-    assert run(lambda: None) is None
+    assert run_script(lambda: sys.exit(0)) is None
+    assert run_script(lambda: None) is None
 
 
 # ---- the script's own functions

@@ -301,7 +301,7 @@ def test_answers_are_kept_by_the_model_that_gave_them(folder, tmp_path):
         ({"images": [tiny.picture(30, 30, seed=77)]}, 1),
         ({"choices": ["yes", "no"]}, 1),
     ],
-    ids=str,
+    ids=lambda value: ", ".join(value) or "nothing" if isinstance(value, dict) else str(value),
 )
 def test_a_changed_conversation_alone_is_asked_again(folder, tmp_path, change, asked):
     before = run_evaluation(folder, tmp_path / "out", "before")
