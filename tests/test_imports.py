@@ -180,3 +180,22 @@ def test_few_private_methods_of_the_trainer_are_overridden():
 
     private = {name for name in vars(RecipeTrainer) if name.startswith("_") and not name.startswith("__")}
     assert {name for name in private if hasattr(Trainer, name)} == {"_save_checkpoint"}
+
+
+def print_house() -> None:
+    """Prints each file of the packages with its lines, its job and what it imports of the project."""
+    for file in project_files():
+        name, source = str(file.relative_to(ROOT)), file.read_text(encoding="utf-8")
+        tree = ast.parse(source)
+        job = (ast.get_docstring(tree) or "").split("\n")[0]
+        if name.startswith("benchmarks/") or file.name == "__init__.py":
+            continue
+        package = ".".join(Path(name).parts[:-1])
+        own = {module for module in imported_modules(tree, package) if roots({module}) & {"phi3v", "finetuning"}}
+        files = {module for module in own if (ROOT / (module.replace(".", "/") + ".py")).exists()}
+        print(f"{name:46}{len(source.splitlines()):5}  {job}")
+        print(f"{'':53}<- {', '.join(sorted(files)) or 'nothing'}")
+
+
+if __name__ == "__main__":
+    print_house()
