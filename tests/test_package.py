@@ -81,3 +81,12 @@ def test_the_oldest_transformers_that_is_tested_is_the_oldest_that_is_allowed():
     oldest = re.search(r"^VERSIONS = (\S+)", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
     (lower,) = [bound.version for bound in transformers.specifier if bound.operator == ">="]
     assert oldest.startswith(lower + ".")
+
+
+def test_the_plugin_that_vllm_is_told_of_exists_and_imports_without_vllm():
+    ((name, target),) = PROJECT["entry-points"]["vllm.general_plugins"].items()
+    module, function = target.split(":")
+    then = f"import importlib\nassert callable(getattr(importlib.import_module({module!r}), {function!r}))"
+    assert name == "phi3v"
+    done = run_without(("vllm",), then)
+    assert done.returncode == 0, done.stderr

@@ -46,7 +46,9 @@ def train(folder: Path, rows: int, batch: int, flags: list[str]) -> dict:
 
     def count(_module, _inputs, kwargs):
         if "labels" in kwargs:
-            seen.append(int((kwargs["labels"] != -100).any(-1).sum()))
+            labels, bounds = kwargs["labels"], kwargs.get("cu_seq_lens_q")
+            samples = labels if bounds is None else labels[0].split(bounds.diff().tolist())
+            seen.append(sum(bool((sample != -100).any()) for sample in samples))
 
     model.register_forward_pre_hook(count, with_kwargs=True)
     trainer.train()
