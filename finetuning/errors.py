@@ -2,6 +2,7 @@
 
 import atexit
 import errno
+import json
 import os
 import re
 import signal
@@ -10,6 +11,7 @@ import sysconfig
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 # Neither the input's fault nor the code's: nothing is learned from a traceback.
@@ -180,6 +182,15 @@ def _leave_process_group() -> None:
         torch.distributed.destroy_process_group()
 
 
+def _tell_torchrun(text: str) -> None:
+    """Has torchrun show this text in place of the traceback that `record` has noted."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path and os.path.exists(path):
+        message = {"message": text, "extraInfo": {"py_callstack": text, "timestamp": str(int(time.time()))}}
+        with suppress(OSError), open(path, "w", encoding="utf-8") as file:
+            json.dump({"message": message}, file)
+
+
 def _end_process() -> None:
     """Ends one of several processes at once, its work done.
 
@@ -194,6 +205,7 @@ def _end_process() -> None:
 
 
 def _exit(text: str, status: int, first: bool = True) -> None:
+    _tell_torchrun(text)
     if first and os.environ.get("LOCAL_RANK", "0") != "0":
         # All ranks find the same fault: let the first one say it. torchrun ends the others when it has exited; an error
         # that only this rank met is said after the wait.

@@ -104,6 +104,8 @@ class PendingLoss(TrainerCallback):
 
     def __init__(self):
         self._sum, self._logged_step = torch.zeros(()), 0
+        # Where training goes on from; `RecipeTrainer.train` says it.
+        self.checkpoint: str | None = None
 
     def add(self, loss: torch.Tensor) -> None:
         """Adds the loss of a micro-batch; `RecipeTrainer.training_step` calls it."""
@@ -121,8 +123,8 @@ class PendingLoss(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._sum, self._logged_step = torch.zeros((), device=args.device), state.global_step
-        folder = Path(args.resume_from_checkpoint or "")
-        files = sorted(folder.glob("pending_loss_*.json")) if args.resume_from_checkpoint else []
+        folder = Path(self.checkpoint or "")
+        files = sorted(folder.glob("pending_loss_*.json")) if self.checkpoint else []
         if files:
             pending = [json.loads(path.read_text()) for path in files]
             own = folder / f"pending_loss_{args.process_index}.json"

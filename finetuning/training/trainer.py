@@ -81,6 +81,7 @@ class RecipeTrainer(Trainer):
                 return nothing
         if not self.args.do_train:
             return nothing
+        self._pending.checkpoint = resume_from_checkpoint
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def compute_loss(self, model, inputs, *args, **kwargs):

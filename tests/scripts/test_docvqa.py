@@ -657,4 +657,7 @@ def test_two_processes_say_it_once(folder, base, data):
     assert run.status != 0
     (line,) = run.errors
     assert "page-5" in line
+    # torchrun shows the same line, not the frames it came through
+    assert run.stderr.count(line) > 1
+    assert "build_dataset" not in run.stderr
     assert "Writing" not in run.stdout
