@@ -261,6 +261,21 @@ def test_a_run_that_is_told_to_stop_loses_nothing(trained, folder, flags):
     assert all(torch.equal(tensor, weights(output)[name]) for name, tensor in weights(whole.output).items())
 
 
+def test_a_signal_to_one_rank_stops_all_of_them(trained, folder, flags):
+    whole, output = trained("full"), folder / "one-rank-told"
+
+    def stop(process):
+        wait_for(output / "checkpoint-2" / "manifest.json", process)
+        psutil.Process(process.pid).children()[1].send_signal(signal.SIGTERM)
+
+    stopped = torchrun(output, *flags, meanwhile=stop)
+    assert stopped.status != 0
+    assert stopped.stderr.count("stopped by SIGTERM: checkpoint-") >= 1
+    again = torchrun(output, *flags)
+    assert again.status == 0, again.stderr
+    assert again.losses == whole.losses
+
+
 def test_a_rank_that_dies_is_replaced(trained, folder, flags):
     whole, output = trained("lora"), folder / "rank-dies"
 
