@@ -97,6 +97,24 @@ def test_a_batch_answers_as_one_by_one(folder, tmp_path, one_by_one, batch):
     assert answer(folder, tmp_path / "batch", batch) == one_by_one
 
 
+@pytest.mark.parametrize(
+    ("flags", "mixed"), [(["--use_lora", "--bf16"], True), (["--use_lora"], False), (["--bf16"], False)]
+)
+def test_adapters_answer_under_autocast_as_they_are_trained(folder, tmp_path, monkeypatch, flags, mixed):
+    seen = []
+
+    def generate(model, processor, inputs, asked, args):
+        seen.append((torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")))
+        return asked
+
+    monkeypatch.setattr("finetuning.results.answering._generate", generate)
+    more = ["--output_dir", str(tmp_path / "run"), "--dataloader_num_workers", "0", "--deepspeed", "none"]
+    args = recipe.arguments(folder, *more, *flags)
+    generate_answers(tiny.model(), dataset(args), args, "before")
+    assert {enabled for enabled, _ in seen} == {mixed}
+    assert not mixed or {dtype for _, dtype in seen} == {torch.bfloat16}
+
+
 def test_an_answer_is_what_generate_gives(one_by_one):
     processor = tiny.processor(2)
     prompt = "<|user|>\n<|image_1|>\nWhat is it?What is it?<|end|>\n<|assistant|>\n"
