@@ -103,7 +103,7 @@ def test_a_batch_answers_as_one_by_one(folder, tmp_path, one_by_one, batch):
 def test_adapters_answer_under_autocast_as_they_are_trained(folder, tmp_path, monkeypatch, flags, mixed):
     seen = []
 
-    def generate(model, processor, inputs, asked, args):
+    def generate(_model, _processor, _inputs, asked, _args):
         seen.append((torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")))
         return asked
 
