@@ -95,6 +95,7 @@ def server(folder, tmp_path_factory):
         *("--served-model-name", "phi3v"),
         *("--host", "127.0.0.1", "--port", str(port), "--max-model-len", "4096", "--max-num-seqs", "8"),
         *("--dtype", "float32", "--enforce-eager", "--limit-mm-per-prompt", '{"image": 9}'),
+        "--trust-request-mm-kwargs",  # a request may choose num_crops; off by default, since it costs the server time
     ]
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
     log = tmp_path_factory.mktemp("server") / "log"
