@@ -114,7 +114,14 @@ def train(strategy: str, folder: Path, model: str, steps: int) -> None:
     os.sched_setaffinity(0, {cores[rank % len(cores)]})
     micro, crops = SIZES[model]
     images = ranks * micro * ACCUMULATION
-    flags = ["--model_name_or_path", str(folder), "--output_dir", str(folder / "output"), "--use_cpu", "--no-tqdm"]
+    flags = [
+        "--model_name_or_path",
+        str(folder),
+        "--output_dir",
+        str(folder.with_name(f"{folder.name}-output")),
+        "--use_cpu",
+        "--no-tqdm",
+    ]
     flags += ["--batch_size", str(images), "--batch_size_per_gpu", str(micro), "--max_steps", str(WARMUP + steps)]
     flags += ["--num_crops", str(crops), "--dataloader_num_workers", "0", "--save_strategy", "no"]
     args = parse_args([*flags, "--logging_steps", "1000", "--logging_first_step", "False", *STRATEGIES[strategy]])
