@@ -18,8 +18,9 @@ from demo import build_data, build_model
 from finetune_hf_trainer_docvqa import to_conversation
 from finetuning.arguments import parse_args
 from finetuning.data.collator import DataCollatorForPhi3V
-from finetuning.data.dataset import ConversationDataset
+from finetuning.data.dataset import build_dataset
 from finetuning.data.reading import read_splits
+from finetuning.training.identity import write_run
 from finetuning.training.loading import load_model, load_processor
 from finetuning.training.trainer import RecipeTrainer
 
@@ -34,7 +35,7 @@ def cost(folder: Path, rounds: int = 5, steps: int = 40) -> dict:
     args = parse_args([*flags, *paths])
     processor = load_processor(args)
     rows, _ = read_splits(folder / "data")
-    dataset = ConversationDataset(rows, to_conversation, processor, batch_size=4)
+    dataset = build_dataset(rows, to_conversation, processor, args, "train")
     collate = DataCollatorForPhi3V(processor.tokenizer.pad_token_id)
     training, saving = {Trainer: [], RecipeTrainer: []}, {Trainer: [], RecipeTrainer: []}
     for _ in range(rounds):
@@ -51,8 +52,10 @@ def cost(folder: Path, rounds: int = 5, steps: int = 40) -> dict:
             start = time.perf_counter()
             trainer.train()
             training[kind].append((time.perf_counter() - start) / steps)
+            write_run(folder / "cost", {})
             start = time.perf_counter()
             trainer._save_checkpoint(trainer.model_wrapped, None)
+            trainer.callback_handler.on_save(args, trainer.state, trainer.control)
             saving[kind].append(time.perf_counter() - start)
             shutil.rmtree(folder / "cost")
     step, checkpoint = (

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from finetuning.data.conversation import Conversation
+from finetuning.data.dataset import ConversationDataset
 from finetuning.errors import run_script
 from finetuning.results.answering import generate_answers
 from finetuning.training.loading import load_model, load_processor
@@ -46,10 +47,10 @@ def compare(args, folder: Path, image: str) -> dict:
             recipe.output_dir = tempfile.mkdtemp(dir=folder)
             # The first round is the warm-up.
             rows = range(args.answers if number else batch)
+            lengths = [1] * len(rows)  # not read: nothing is trained
+            pages = ConversationDataset(rows, lambda row: Conversation(f"{image}-{row}", turns), processor, lengths)
             start = time.perf_counter()
-            answers = generate_answers(
-                model, processor, rows, lambda row: Conversation(f"{image}-{row}", turns), recipe, "before"
-            )
+            answers = generate_answers(model, pages, recipe, "before")
             if number:
                 passed.append(time.perf_counter() - start)
             assert len(answers) == len(rows)

@@ -129,7 +129,7 @@ def train(strategy: str, folder: Path, model: str, steps: int) -> None:
     RecipeTrainer(
         model=trained,
         args=args,
-        train_dataset=[encode_conversation(sample("page", number), processor) for number in range(images)],
+        train_dataset=Pages(encode_conversation(sample("page", number), processor) for number in range(images)),
         data_collator=DataCollatorForPhi3V(processor.tokenizer.pad_token_id),
         processing_class=processor,
         callbacks=[watch],
@@ -143,6 +143,17 @@ def train(strategy: str, folder: Path, model: str, steps: int) -> None:
             "collectives": {name: size // steps for name, size in watch.bytes.items()},
         }
         write(folder / "child.json", result)
+
+
+class Pages(list):
+    """Encoded pages of one length, as the data set of a `RecipeTrainer`."""
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(page["input_ids"]) for page in self]
+
+    def start_epoch(self, epoch: int) -> None:
+        """Every epoch is the same."""
 
 
 def launch(strategy: str, processes: int, folder: Path, model: str, steps: int) -> dict[str, Any]:

@@ -433,7 +433,7 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
-    def _loss(self, hidden_states, labels, num_items_in_batch, smoothing) -> torch.Tensor:
+    def _loss(self, hidden_states, labels, num_items_in_batch, smoothing: float = 0.0) -> torch.Tensor:
         targets = labels[:, 1:].to(hidden_states.device)
         is_target = targets != IGNORE_INDEX
         targets = targets[is_target]

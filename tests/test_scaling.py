@@ -42,7 +42,7 @@ def test_the_trained_parameters_are_those_of_the_recipes(name, tmp_path):
     args = models.recipe_arguments(models.build_folder("tiny", tmp_path, torch.float32), name)
     with torch.device("meta"):
         model = Phi3VForCausalLM(models.config("full"))
-        strategy._unused(model).requires_grad_(False)
+        strategy.unused_layers(model).requires_grad_(False)
         if args.freeze_vision_model:
             model.model.vision_embed_tokens.requires_grad_(False)
         model = strategy._add_lora(model, args) if args.use_lora else model
