@@ -45,7 +45,7 @@ def test_the_trained_parameters_are_those_of_the_recipes(name, tmp_path):
         strategy.unused_layers(model).requires_grad_(False)
         if args.freeze_vision_model:
             model.model.vision_embed_tokens.requires_grad_(False)
-        model = strategy._add_lora(model, args) if args.use_lora else model
+        model = strategy.add_lora(model, args) if args.use_lora else model
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == scaling.TRAINED[name]
 
 
