@@ -184,7 +184,8 @@ def test_a_hub_out_of_reach_is_asked_once(good, monkeypatch, capsys):
     monkeypatch.setattr(validate.HfApi, "file_exists", unreachable)
     monkeypatch.setattr(validate.AutoProcessor, "from_pretrained", unreachable)
     status, report = run_json(capsys, good, "--model_name_or_path", "microsoft/Phi-3.5-vision-instruct")
-    assert (status, asked) == (0, [{"local_files_only": True}, {}])
+    said = {"trust_remote_code": False}
+    assert (status, asked) == (0, [{"local_files_only": True, **said}, {}])
     assert report["remarks"][0].endswith("text tokens are not counted (no route to it)")
 
 

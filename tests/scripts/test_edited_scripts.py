@@ -118,7 +118,7 @@ def stop_halfway(output: Path) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["1 process", "2 processes"])
+@pytest.fixture(scope="module", params=[1, pytest.param(2, marks=pytest.mark.slow)], ids=["1 process", "2 processes"])
 def ranks(request):
     return request.param
 

@@ -465,7 +465,8 @@ def test_with_another_number_of_processes_the_pending_loss_is_their_mean(trainer
     folder = Path("output/checkpoint-2")
     for rank, total in enumerate((0.5, 1.5)[: int(weights)]):
         (folder / f"pending_loss_{rank}.json").write_text(json.dumps({"sum": total, "logged_step": 1}))
-    again = trainer("--output_dir", "again", "--logging_first_step", "False", "--resume_from_checkpoint", str(folder))
+    again = trainer("--output_dir", "again", "--logging_first_step", "False")
+    again._pending.checkpoint = str(folder)
     again._pending.on_train_begin(again.args, again.state, again.control)
     again.state.global_step = 2
     assert again._pending.pop_mean(again.state) == (0.5 if weights == "1" else 1.0)
