@@ -30,6 +30,7 @@ def arguments(**changes) -> SimpleNamespace:
         "max_bad_rows": None,
         "eval_size": None,
         "data_dir": None,
+        "do_train": True,
         "max_length": 300,
         "seed": 0,
     }
