@@ -38,7 +38,7 @@ def test_a_merged_model_says_what_the_adapter_says(flags, base, tmp_path, monkey
     assert (logits(base) - expected).abs().max() > 0.1
     assert (logits(tmp_path / "merged") - expected).abs().max() < 1e-4
     assert not (tmp_path / "merged.part").exists()
-    assert "4 of 4 answers the same\n" in capsys.readouterr().out
+    assert "3 of 3 answers the same\n" in capsys.readouterr().out
     # a whole folder, that trains on
     names = {path.name for path in (tmp_path / "merged").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "preprocessor_config.json"} <= names
@@ -85,7 +85,7 @@ def test_a_qlora_adapter_is_held_against_both_bases(base, tmp_path, monkeypatch,
     (adapter / "run.json").write_text(json.dumps(run))
     saved.call(monkeypatch, merge, adapter, tmp_path / "merged")
     printed = capsys.readouterr().out
-    assert "4 of 4 answers the same" in printed
+    assert "3 of 3 answers the same" in printed
     assert "trained over the base in 4 bits; against that: largest logit deviation" in printed
     assert (logits(tmp_path / "merged") - logits(adapter)).abs().max() < 1e-4
 
