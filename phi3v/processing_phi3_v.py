@@ -240,8 +240,14 @@ class Phi3VProcessor(ProcessorMixin):
             data |= {"pixel_values": pixels, "image_sizes": image_sizes}
         return BatchFeature(data)
 
-    def apply_chat_template(
-        self, conversation, *args, return_assistant_tokens_mask: bool = False, processor_kwargs=None, **kwargs
+    def apply_chat_template(  # type: ignore[override]
+        self,
+        conversation,
+        chat_template: str | None = None,
+        *,
+        return_assistant_tokens_mask: bool = False,
+        processor_kwargs: dict | None = None,
+        **kwargs,
     ):
         """As in [`ProcessorMixin`]; with `return_assistant_tokens_mask`, everything is a list unless return_tensors says otherwise.
 
@@ -251,7 +257,7 @@ class Phi3VProcessor(ProcessorMixin):
             processor_kwargs = {"return_tensors": None, **(processor_kwargs or {})}
         return super().apply_chat_template(
             conversation,
-            *args,
+            chat_template,
             return_assistant_tokens_mask=return_assistant_tokens_mask,
             processor_kwargs=processor_kwargs,
             **kwargs,
