@@ -4,13 +4,14 @@
 # make test-versions    the tests of phi3v and parity on the oldest supported transformers, on vLLM's and on the pinned one
 # make test-serve    vLLM with the plugin against generate(), in an environment of its own (CPU; 2 GB of packages)
 # make serve MODEL=FOLDER    the OpenAI API for a folder on 127.0.0.1:8000, by vLLM for CPUs
+# make test-trl    TRL's SFTTrainer with the model, in an environment of its own
 # make test-package    builds sdist and wheel, installs the wheel into an empty environment and imports it outside the checkout
 PYTHON ?= python3
 VENV ?= .venv
 STRATEGY ?= full
 DEMO_DIR ?= demo_output
 
-.PHONY: demo test test-all test-versions test-package serve test-serve
+.PHONY: demo test test-all test-versions test-trl test-package serve test-serve
 
 # Installs again when a pin changes.
 $(VENV)/installed: requirements.txt requirements-dev.txt
@@ -49,6 +50,15 @@ test-versions: $(VERSIONS:%=.venvs/transformers-%/installed)
 		echo "transformers $$version"; \
 		.venvs/transformers-$$version/bin/python -m pytest -p no:cacheprovider $(PHI3V_TESTS) || exit 1; \
 	done
+
+.venvs/trl/installed: requirements.txt requirements-dev.txt requirements-trl.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check -r requirements-trl.txt \
+		$$(grep -hE '^(pytest|pytest-timeout|hypothesis)==' requirements-dev.txt)
+	touch $@
+
+test-trl: .venvs/trl/installed
+	.venvs/trl/bin/python -m pytest -p no:cacheprovider tests/sft
 
 test-package:
 	rm -rf .venvs/package && $(PYTHON) -m venv .venvs/package

@@ -89,7 +89,8 @@ def open_image(source: str | Path) -> Image.Image:
         with Image.open(_locate(source), formats=IMAGE_FORMATS) as image:
             return ImageOps.exif_transpose(image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = "no such file" if isinstance(error, FileNotFoundError) else str(error)[:200]
+        # Pillow names bytes by their address in memory.
+        reason = "no such file" if isinstance(error, FileNotFoundError) else str(error).partition(" <_io")[0][:200]
         raise ValueError(
             f"image {name}: expected a path, file:// reference or base64 of a {', '.join(IMAGE_FORMATS)} image, found: {reason}"
         ) from None

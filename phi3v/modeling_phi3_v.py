@@ -239,6 +239,18 @@ class Phi3VPreTrainedModel(Phi3PreTrainedModel):
     # An alias of embed_tokens in the official state_dict(); its checkpoint does not hold it.
     _keys_to_ignore_on_load_unexpected = [r"vision_embed_tokens\.wte\.weight"]
 
+    def __setattr__(self, name, value):
+        """Unties head and embedding before PEFT puts an adapter on one of them.
+
+        PEFT merges an adapter into the weight in place, and so into both where it is shared: only one of them was adapted.
+        """
+        adapted = name in ("lm_head", "embed_tokens") and "base_layer" in value._modules
+        if adapted and self.config.tie_word_embeddings:
+            weight = value.base_layer.weight
+            value.base_layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+            self.config.tie_word_embeddings = False
+        super().__setattr__(name, value)
+
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)

@@ -240,6 +240,29 @@ class Phi3VProcessor(ProcessorMixin):
             data |= {"pixel_values": pixels, "image_sizes": image_sizes}
         return BatchFeature(data)
 
+    def apply_chat_template(  # type: ignore[override]
+        self,
+        conversation,
+        chat_template: str | None = None,
+        *,
+        return_assistant_tokens_mask: bool = False,
+        processor_kwargs: dict | None = None,
+        **kwargs,
+    ):
+        """As in [`ProcessorMixin`]; with `return_assistant_tokens_mask`, everything is a list unless return_tensors says otherwise.
+
+        transformers gives the mask as lists then, and who asks for it (TRL) reads the ids beside it as numbers.
+        """
+        if return_assistant_tokens_mask:
+            processor_kwargs = {"return_tensors": None, **(processor_kwargs or {})}
+        return super().apply_chat_template(
+            conversation,
+            chat_template,
+            return_assistant_tokens_mask=return_assistant_tokens_mask,
+            processor_kwargs=processor_kwargs,
+            **kwargs,
+        )
+
     def _without_stripped_space(self, ids: list[int], spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
         """Spans in which a token such as `<|assistant|>` does not count the white space that it swallows behind it.
 

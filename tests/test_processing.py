@@ -3,7 +3,10 @@
 import base64
 import json
 import random
+import subprocess
+import sys
 from itertools import groupby
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -461,6 +464,12 @@ IN_A_CONTENT_PART = {
         "image_url": {"url": "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()},
     },
     "OpenAI, file": lambda path: {"type": "image_url", "image_url": {"url": path.as_uri()}},
+    "image_url as text": lambda path: {"type": "image_url", "image_url": str(path)},
+    "data URI as image": lambda path: {
+        "type": "image",
+        "image": "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode(),
+    },
+    "file reference as path": lambda path: {"type": "image", "path": path.as_uri()},
 }
 
 
@@ -470,3 +479,60 @@ def test_images_stand_in_content_parts_in_every_usual_form(part, tmp_path):
     messages = chat([part(tmp_path / "a b.png"), {"type": "text", "text": "What?"}])
     features = PROCESSOR.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
     assert same(features, PROCESSOR("<|user|>\n<|image_1|>\nWhat?<|end|>\n", WIDE))
+
+
+@pytest.mark.parametrize(
+    ("part", "found"),
+    [
+        ({"type": "image", "path": "/nowhere/a.png"}, "no such file"),
+        ({"type": "image", "image": "file:///nowhere/a.png"}, "no such file"),
+        ({"type": "image", "image": "data:image/png;base64,AAAA"}, "cannot identify image file"),
+        (
+            {"type": "image_url", "image_url": {"url": "https://example.com/a.png"}},
+            "an address on a network, from which",
+        ),
+        ({"type": "image", "image": 3}, "torch tensor or path, found int"),
+    ],
+    ids=str,
+)
+def test_what_is_no_image_in_a_content_part_is_refused_in_one_line(part, found):
+    with pytest.raises((ValueError, TypeError), match=found) as error:
+        PROCESSOR.apply_chat_template(chat([part]), tokenize=True, return_dict=True)
+    assert "\n" not in str(error.value)
+    assert "0x" not in str(error.value)
+
+
+def test_ids_beside_the_mask_of_assistant_tokens_are_lists_as_the_mask_is():
+    """TRL looks whether the last of an answer's ids is one of the added tokens, which no tensor is."""
+    messages = chat([{"type": "image", "image": WIDE}, {"type": "text", "text": "What?"}], "Seven.")
+    settings = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+    found = PROCESSOR.apply_chat_template(messages, **settings)
+    assert [type(found[name][0][0]) for name in ("input_ids", "attention_mask", "assistant_masks")] == [int] * 3
+    tensors = PROCESSOR.apply_chat_template(messages, **settings, return_tensors="pt")
+    assert tensors["input_ids"].tolist() == found["input_ids"]
+    assert torch.equal(tensors["pixel_values"], found["pixel_values"])
+
+
+LOAD = "from transformers import AutoProcessor; print(type(AutoProcessor.from_pretrained({folder!r})).__name__)"
+
+
+def test_a_folder_that_names_remote_code_is_refused_where_phi3v_is_not_imported(tmp_path):
+    """Without the name transformers would silently give the tokenizer alone; and only this file's name counts."""
+    PROCESSOR.save_pretrained(tmp_path)
+    tiny.config().save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "processor_config.json").read_text())
+    code = "microsoft/Phi-3.5-vision-instruct--processing_phi3_v.Phi3VProcessor"
+    (tmp_path / "processor_config.json").write_text(json.dumps({**written, "auto_map": {"AutoProcessor": code}}))
+    without, imported = (
+        subprocess.run(
+            [sys.executable, "-c", first + LOAD.format(folder=str(tmp_path))],
+            cwd=Path(__file__).parents[1],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+        )
+        for first in ("", "import phi3v; ")
+    )
+    assert without.returncode == 1
+    assert "trust_remote_code=True" in without.stderr.splitlines()[-1]
+    assert imported.stdout.splitlines()[-1:] == ["Phi3VProcessor"], imported.stderr
