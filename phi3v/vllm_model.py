@@ -35,6 +35,15 @@ def text_of(tokenizer, token_ids: list[int]) -> str:
 
 
 class Phi3VMultiModalProcessor(vllm_phi3v.Phi3VMultiModalProcessor):
+    def _call_hf_processor(self, hf_data, hf_kwargs):
+        try:
+            return super()._call_hf_processor(hf_data, hf_kwargs)
+        except ValueError as error:
+            if isinstance(error.__cause__, ValueError):
+                # What Phi3VProcessor finds wrong with a request; vLLM would keep it from the client.
+                raise error.__cause__ from None
+            raise
+
     def _get_mm_fields_config(self, hf_inputs, hf_processor_mm_kwargs):
         sizes = hf_inputs.get("image_sizes", torch.empty(0, 2, dtype=torch.long))
         return {
