@@ -126,9 +126,9 @@ def conversations() -> dict[str, list[dict]]:
     found["one pixel"] = chat([Image.new("RGB", (1, 1), "red"), "Which colour?"])
     found["a line"] = chat([Image.new("RGB", (3000, 1), "blue"), "Which colour?"])
     # Without alpha, and the 8 high bits: vLLM by itself would put the one on white and make the other white.
-    found["transparent"] = chat(
-        [Image.merge("RGBA", (*page(4).split(), meme(2).convert("L").resize((340, 440)))), "Read it."]
-    )
+    transparent = page(4)
+    transparent.putalpha(Image.linear_gradient("L").resize(transparent.size))
+    found["transparent"] = chat([transparent, "Read it."])
     found["16 bits"] = chat([Image.fromarray(np.arange(0, 60000, 6, dtype=np.uint16).reshape(100, 100)), "What is it?"])
     found["other scripts"] = chat([meme(3), "Was ist das? 日本 é <b>&amp;</b> {x}"])
     found |= {
