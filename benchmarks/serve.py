@@ -15,6 +15,7 @@ Units: requests a second, of one pass. Written: benchmarks/results/serve.json.
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
@@ -80,9 +81,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = cases.build_folder(Path(temporary) / "model", args.clip_layers)
         expected = cases.expected_answers(folder)
+        load = [os.getloadavg()[0]]
         in_batches, seconds = generate_all(folder)
         log = Path(temporary) / "log"
         with server.serve(folder, log) as address:
+            load.append(os.getloadavg()[0])
             start = time.perf_counter()
             found = server.ask_all(address, cases.load(folder)[1])
             seconds_of_server = time.perf_counter() - start
@@ -90,7 +93,7 @@ def main() -> None:
     different = cases.differences(found, expected)
     kinds: dict[str, list[int]] = {}
     for name, (_, answer) in expected.items():
-        count = kinds.setdefault(name.split()[0], [0, 0, 0])
+        count = kinds.setdefault(name.split()[0].strip(","), [0, 0, 0])
         count[0] += 1
         count[1] += name not in different
         count[2] += in_batches[name] == answer
@@ -109,6 +112,8 @@ def main() -> None:
         "seconds": {"vllm, 8 clients": round(seconds_of_server, 1), "generate(), batch 8": round(seconds, 1)},
         "requests_per_s": {name: round(speed, 3) for name, speed in speeds.items()},
         "ratio": round(speeds["vllm, 8 clients"] / speeds["generate(), batch 8"], 2),
+        # What the machine did besides, before each: the ratio holds only where both are small.
+        "load_average_before": dict(zip(reversed(speeds), load, strict=True)),
         "curl": asked,
     }
     print(json.dumps(result, indent=1, ensure_ascii=False))
