@@ -21,7 +21,7 @@ from finetuning.data.collator import DataCollatorForPhi3V
 from finetuning.data.conversation import Conversation, Turn
 from finetuning.data.dataset import build_dataset
 from finetuning.data.hub import load_hub
-from finetuning.data.reading import read_splits
+from finetuning.data.reading import load_folder
 from finetuning.data.schemas import CauldronRow, ConvertedRow, Picture, RowId, RowModel, Text, parse_row
 from finetuning.errors import run_script
 from finetuning.results.evaluation import evaluate, score_again
@@ -39,7 +39,7 @@ PROMPT = "{question}\nAnswer briefly."
 def load_splits(args: RecipeArguments):
     """Rows to train on and rows to answer."""
     if args.data_dir:
-        return read_splits(args.data_dir, evaluation=args.eval_split or ("test", "val"))
+        return load_folder(args, evaluation=("test", "val"))
     if args.full_train:
         train = load_hub(args, "HuggingFaceM4/the_cauldron", "docvqa")
     else:

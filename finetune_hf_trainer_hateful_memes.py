@@ -21,7 +21,7 @@ from finetuning.data.collator import DataCollatorForPhi3V
 from finetuning.data.conversation import Conversation, Turn
 from finetuning.data.dataset import build_dataset
 from finetuning.data.hub import load_hub
-from finetuning.data.reading import read_splits
+from finetuning.data.reading import load_folder
 from finetuning.data.schemas import CauldronRow, ConvertedRow, Picture, RowId, RowModel, Text, parse_row
 from finetuning.errors import run_script
 from finetuning.results.evaluation import evaluate, score_again
@@ -41,7 +41,7 @@ HELD_OUT = 500
 def load_splits(args: RecipeArguments):
     """Rows to train on and rows to answer."""
     if args.data_dir:
-        return read_splits(args.data_dir, evaluation=args.eval_split or ("dev", "val", "test"))
+        return load_folder(args, evaluation=("dev", "val", "test"))
     rows = load_hub(args, "HuggingFaceM4/the_cauldron", "hateful_memes")
     return rows.select(range(HELD_OUT, len(rows))), rows.select(range(HELD_OUT))
 

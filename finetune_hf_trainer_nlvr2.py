@@ -21,7 +21,7 @@ from finetuning.data.collator import DataCollatorForPhi3V
 from finetuning.data.conversation import Conversation, Turn
 from finetuning.data.dataset import build_dataset
 from finetuning.data.hub import load_hub
-from finetuning.data.reading import read_splits
+from finetuning.data.reading import load_folder
 from finetuning.data.schemas import CauldronText, ConvertedRow, Picture, RowId, RowModel, parse_row
 from finetuning.errors import run_script
 from finetuning.results.evaluation import evaluate, score_again
@@ -39,7 +39,7 @@ HELD_OUT = 500
 def load_splits(args: RecipeArguments):
     """Rows to train on and rows to answer."""
     if args.data_dir:
-        return read_splits(args.data_dir, evaluation=args.eval_split or ("test", "val", "dev"))
+        return load_folder(args, evaluation=("test", "val", "dev"))
     rows = load_hub(args, "HuggingFaceM4/the_cauldron", "nlvr2")
     return rows.select(range(HELD_OUT, len(rows))), rows.select(range(HELD_OUT))
 

@@ -18,7 +18,7 @@ from finetuning.arguments import RecipeArguments, parse_args
 from finetuning.data.collator import DataCollatorForPhi3V
 from finetuning.data.conversation import Conversation
 from finetuning.data.dataset import build_dataset
-from finetuning.data.reading import read_splits
+from finetuning.data.reading import load_folder
 from finetuning.data.schemas import ConvertedRow, ConvertedTurn, parse_row
 from finetuning.errors import InputError, run_script
 from finetuning.results.evaluation import evaluate, score_again
@@ -40,7 +40,7 @@ def load_splits(args: RecipeArguments):
         raise InputError(
             "--data_dir: expected the folder that `python convert_ucf101.py --out_dir DIR` writes, found none"
         )
-    return read_splits(args.data_dir, evaluation=args.eval_split or ("val", "test"))
+    return load_folder(args, evaluation=("val", "test"))
 
 
 class ClipRow(ConvertedRow):

@@ -283,17 +283,7 @@ class RecipeArguments(TrainingArguments):
             raise InputError(
                 f"--report_to {self.report_to}: expected a tracker that is installed; here these are {', '.join(trackers)}"
             )
-        local = os.path.isdir(self.model_name_or_path)
-        if local and not os.path.isfile(os.path.join(self.model_name_or_path, "config.json")):
-            raise InputError(
-                f"--model_name_or_path {self.model_name_or_path}: expected a model folder, found no config.json in it"
-            )
-        if not local and (
-            self.model_name_or_path.count("/") != 1 or self.model_name_or_path.startswith((".", "/", "~"))
-        ):
-            raise InputError(
-                f"--model_name_or_path {self.model_name_or_path}: no such folder; expected a folder or ORGANISATION/NAME on the hub"
-            )
+        check_model_name(self.model_name_or_path, "--model_name_or_path")
         if self.data_dir is not None and not os.path.isdir(self.data_dir):
             raise InputError(f"--data_dir {self.data_dir}: no such folder")
         if self.data_dir is not None and self.full_train:
@@ -474,6 +464,19 @@ class RecipeArguments(TrainingArguments):
             raise InputError(f"--resume_from_checkpoint {self.resume_from_checkpoint}: no such folder")
         if self.resume_from_checkpoint is not None and self.overwrite_output_dir:
             raise InputError("--resume_from_checkpoint with --overwrite_output_dir: expected one of them")
+
+
+def check_model_name(name: str, flag: str) -> None:
+    """Checks that there is a folder of a model or an adapter, or that the name may be one on the hub.
+
+    Raises:
+        InputError: with the flag, or the file, that holds the name.
+    """
+    if os.path.isdir(name):
+        if not any(os.path.isfile(os.path.join(name, file)) for file in ("config.json", "adapter_config.json")):
+            raise InputError(f"{flag} {name}: expected a model folder, found no config.json in it")
+    elif name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise InputError(f"{flag} {name}: no such folder; expected a folder or ORGANISATION/NAME on the hub")
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):

@@ -35,6 +35,9 @@ def prepare_process(use_cpu: bool, backend: str | None, timeout: int, max_image_
     limit_pixels(max_image_pixels)
     # Started by plain python: one process, as `torchrun --nproc_per_node=1` would set it up.
     single = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost", "MASTER_PORT": 0}
+    if "RANK" not in os.environ:
+        # accelerate would say at length that it is not set.
+        os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
     for name, value in single.items():
         os.environ.setdefault(name, str(value))
     if use_cpu:

@@ -13,7 +13,6 @@ Exit status: 0, or 2 for a fault: the first one, or all with --all, as `FILE:LIN
 
 import argparse
 import hashlib
-import importlib.util
 import json
 import os
 import sys
@@ -22,7 +21,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import islice
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -52,6 +51,7 @@ from .data.lengths import conversation_lengths
 from .data.shown import printable
 from .environment import MAX_IMAGE_PIXELS, limit_pixels
 from .errors import InputError
+from .task_script import TASKS, load_script
 
 BATCH = 1000  # samples checked together: images by all cores, texts by one call of the tokenizer
 PERCENTILES = {"p50": 50, "p95": 95, "p99": 99, "max": 100}
@@ -67,10 +67,6 @@ CONTROL_TOKENS = [
     "<|end|>",
     "<|image|>",
 ]
-
-
-ROOT = Path(__file__).parents[1]
-TASKS = ("docvqa", "hateful_memes", "nlvr2", "ucf101")
 
 
 @dataclass(slots=True)
@@ -93,32 +89,6 @@ class SplitFigures:
     crops: list[int] = field(default_factory=list)
     image_tokens: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
-
-
-def load_script(task: str) -> ModuleType:
-    """The script of a task, loaded from its file: no import, because scripts stand above this package.
-
-    Args:
-        task (str): one of `TASKS`, or the path of a script of one's own.
-
-    Raises:
-        InputError: if there is no such script, or it has no `to_conversation`.
-    """
-    path = Path(task) if task.endswith(".py") else ROOT / f"finetune_hf_trainer_{task}.py"
-    if (not task.endswith(".py") and task not in TASKS) or not path.is_file():
-        raise InputError(
-            f"--task {printable(task)}: expected {', '.join(TASKS)} or the path of a script, found no such file"
-        )
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None, "a name that ends with .py has a loader"
-    assert spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    # pydantic looks a model's annotations up by the name of its module.
-    sys.modules[path.stem] = script
-    spec.loader.exec_module(script)
-    if not hasattr(script, "to_conversation"):
-        raise InputError(f"--task {printable(task)}: expected a script with a function to_conversation, found none")
-    return script
 
 
 def load_processor(name: str, num_crops: int) -> tuple[Any, list[str]]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import PartialState
@@ -11,7 +11,6 @@ from transformers import TrainerCallback
 
 from phi3v import Phi3VProcessor
 
-from ..arguments import RecipeArguments
 from ..errors import InputError, ScriptError, describe_script_error
 from .conversation import Conversation, check_conversation, check_unique_ids, control_tokens
 from .encoding import check_length, count_tokens, encode_conversation
@@ -24,6 +23,18 @@ from .shown import printable
 # Rows whose texts are kept to show what has changed; of all others the digests are.
 ROWS_WITH_TEXT = 10_000
 MAX_BAD_ROWS = 0.01  # share of the rows
+
+
+class DataArguments(Protocol):
+    """The flags that `build_dataset` reads: do_train, max_length in tokens, eval_size in rows, and so on (see --help)."""
+
+    do_train: bool
+    data_dir: str | None
+    max_length: int | None
+    seed: int
+    eval_size: int | None
+    on_bad_row: str
+    max_bad_rows: int | None
 
 
 @dataclass
@@ -107,7 +118,7 @@ def build_dataset(
     rows: Sequence,
     to_conversation: Callable[[Any], Conversation],
     processor: Phi3VProcessor,
-    args: RecipeArguments,
+    args: DataArguments,
     split: str,
 ) -> ConversationDataset:
     """Checks all rows, each rank its share (texts, tags, image headers, lengths), and makes a data set of them.
@@ -116,7 +127,7 @@ def build_dataset(
         rows (Sequence): rows of the data set, a list or a `datasets.Dataset`.
         to_conversation (Callable): row -> Conversation, the task's own; the same row must always give the same.
         processor (Phi3VProcessor): as for training.
-        args (RecipeArguments): max_length, seed, data_dir, on_bad_row, max_bad_rows; eval_size for the rows to answer.
+        args (DataArguments): such as RecipeArguments.
         split (str): "train" or "eval".
 
     Raises:
@@ -130,7 +141,7 @@ def build_dataset(
         )
     if split == "eval":
         rows = first_rows(rows, args.eval_size)
-    if split == "train" and not len(rows):
+    if split == "train" and args.do_train and not len(rows):
         raise InputError("load_splits: expected at least one row to train on, found none")
     state = PartialState()
     share = range(state.process_index, len(rows), state.num_processes)
@@ -166,7 +177,7 @@ def _in_order(pairs) -> list:
     return [value for _, value in sorted(pairs, key=lambda pair: pair[0])]
 
 
-def _check_share(rows, share, to_conversation, processor, args: RecipeArguments, split: str) -> _Checked:
+def _check_share(rows, share, to_conversation, processor, args: DataArguments, split: str) -> _Checked:
     checked, skip = _Checked(), args.on_bad_row == "skip"
     for index in share:
         row = rows[index]
@@ -197,7 +208,7 @@ def _check_share(rows, share, to_conversation, processor, args: RecipeArguments,
     return checked
 
 
-def _check_row(row, to_conversation, processor, args: RecipeArguments, decode: bool) -> tuple[int, Fingerprint]:
+def _check_row(row, to_conversation, processor, args: DataArguments, decode: bool) -> tuple[int, Fingerprint]:
     """The row's length in tokens, with its longest answers, and its fingerprint."""
     conversation = to_conversation(row)
     check_conversation(conversation, control_tokens(processor.tokenizer))
@@ -208,7 +219,7 @@ def _check_row(row, to_conversation, processor, args: RecipeArguments, decode: b
     return length, fingerprint(conversation, args.data_dir)
 
 
-def _refuse_bad_rows(bad: list[BadRow], count: int, args: RecipeArguments, purpose: str) -> None:
+def _refuse_bad_rows(bad: list[BadRow], count: int, args: DataArguments, purpose: str) -> None:
     if not bad:
         return
     if args.on_bad_row == "stop":

@@ -20,13 +20,15 @@ MODEL_FILES = [
     *("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
     *("chat_template.jinja", "chat_template.json", "model.safetensors.index.json", "*.safetensors"),
+    "adapter_config.json",
 ]
 
 
-def load_hub(args: "RecipeArguments", name: str, config: str | None = None, split: str = "train") -> "Dataset":
-    """A split of a data set on the hub, its images left undecoded, each row with an `id`.
+def load_hub(args: "RecipeArguments", name: str, config: str | None = None, split: str = "train") -> "Dataset | list":
+    """A split of a data set on the hub, its images left undecoded, each row with an `id`; no rows where none are needed.
 
-    What is in the cache is taken as it is; the hub is only asked for what is not.
+    What is in the cache is taken as it is; the hub is only asked for what is not. Rows to train on (split "train") are not
+    fetched with --do_train False.
 
     Raises:
         InputError: if it cannot be loaded.
@@ -34,6 +36,8 @@ def load_hub(args: "RecipeArguments", name: str, config: str | None = None, spli
     # Not above: the converter imports this file, and needs no data sets.
     from datasets import Image, List
 
+    if split == "train" and not args.do_train:
+        return []
     what = f"{name} ({config})" if config else name
     dataset = fetch(
         what,

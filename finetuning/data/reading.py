@@ -6,12 +6,15 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
 from .files import check_regular_file
 from .schemas import chat_format, conversion_advice, sample_name
 from .shown import printable, shown
+
+if TYPE_CHECKING:
+    from ..arguments import RecipeArguments
 
 
 class Row(dict):
@@ -181,15 +184,26 @@ def _real(folder: str) -> str:
     return os.path.realpath(folder)
 
 
+def load_folder(args: "RecipeArguments", evaluation: Sequence[str]) -> tuple[list[Row], list[Row]]:
+    """Rows of --data_dir to train on, none where nothing is trained, and to answer, see `read_splits`.
+
+    Args:
+        args (RecipeArguments): data_dir, eval_split, do_train.
+        evaluation (Sequence[str]): the task's usual names of the split to answer, the best first.
+    """
+    assert args.data_dir is not None, "the scripts ask"
+    return read_splits(args.data_dir, "train" if args.do_train else None, args.eval_split or evaluation)
+
+
 def read_splits(
-    data_dir: str | os.PathLike, train: str = "train", evaluation: str | Sequence[str] = "test"
+    data_dir: str | os.PathLike, train: str | None = "train", evaluation: str | Sequence[str] = "test"
 ) -> tuple[list[Row], list[Row]]:
     """Rows of a folder to train on and to answer.
 
     Args:
         data_dir (path): folder with `rows*.jsonl`, whose rows then have a field `split`, or with `SPLIT.jsonl` or
             `NAME_SPLIT.jsonl` for each split.
-        train (str): name of the split to train on.
+        train (str, optional): name of the split to train on; None for no rows.
         evaluation (str | Sequence[str]): name of the split to answer, or several, of which the first that exists is taken.
 
     Raises:
@@ -200,21 +214,22 @@ def read_splits(
     if not folder.is_dir():
         raise InputError(f"--data_dir {printable(str(folder))}: expected a folder, found no such folder")
     wanted = [evaluation] if isinstance(evaluation, str) else list(evaluation)
+    asked = [wanted] if train is None else [[train], wanted]
     paths = sorted(folder.glob("rows*.jsonl"))
     found: dict[str, list[Row]] = {}
     if paths:
         splits: dict[str, list[Row]] = {}
         for row in (row for path in paths for row in read_jsonl(path)):
             splits.setdefault(check_split(row), []).append(row)
-        found = {name: splits[name] for name in (train, *wanted) if name in splits}
+        found = {name: splits[name] for names in asked for name in names if name in splits}
         files = ", ".join(path.name for path in paths)
-        for names in ([train], wanted):
+        for names in asked:
             if not any(name in found for name in names):
                 expected = f'expected rows with "split": "{" or ".join(names)}"'
                 there = ", ".join(printable(name, 40) for name in list(splits)[:5])
                 raise InputError(f"{printable(str(folder / files))}: {expected}, found none (only {there})")
     else:
-        for names in ([train], wanted):
+        for names in asked:
             candidates = ((name, path) for name in names for path in _split_files(folder, name))
             name, path = next(candidates, (names[0], None))
             if path is None:
@@ -222,7 +237,7 @@ def read_splits(
                 missing = f"expected rows.jsonl with a field split, or {names[0]}.jsonl, found neither{others}"
                 raise InputError(f"--data_dir {printable(str(folder))}: {missing}{_advice(folder)}")
             found[name] = read_jsonl(path)
-    return found[train], next(found[name] for name in wanted if name in found)
+    return found[train] if train else [], next(found[name] for name in wanted if name in found)
 
 
 def check_split(row: Row) -> str:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
-from torch.utils.data import DataLoader, Dataset
+from accelerate.utils import broadcast_object_list
+from peft import PeftModel
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from phi3v import Phi3VProcessor
@@ -22,6 +23,7 @@ from ..data.images import load_images
 from ..errors import Stopped
 from ..training.signals import stop_signals
 from .predictions import PREDICTIONS, Prediction, answering_model, keep_answers, rewrite, to_line, with_answer
+from .rounds import answer_in_rounds
 
 
 class Prompts(Dataset):
@@ -62,8 +64,6 @@ class Prompts(Dataset):
         return prompt, load_images(Conversation(conversation.id, [shown]))
 
     def collate(self, prompts):
-        if not prompts:
-            return None
         texts, images = zip(*prompts, strict=True)
         return self.dataset.processor(list(texts), list(images), padding=True, padding_side="left")
 
@@ -91,40 +91,35 @@ def generate_answers(model, dataset: ConversationDataset, args: RecipeArguments,
     kept = from_first_rank(keep_answers(path, stage, by, prompts.questions, ranks * size) if rank == 0 else None, args)
     predictions = {number: with_answer(prompts.questions[number], kept[number]) for number in kept}
     todo = [number for number in range(len(prompts)) if number not in predictions]
-    # Round k covers the next `ranks x size` questions; a rank without any in the last round still takes part.
-    starts = range(rank * size, -(-len(todo) // (ranks * size)) * ranks * size, ranks * size)
-    batches = [todo[start : start + size] for start in starts]
-    loader = DataLoader(
-        prompts,
-        batch_sampler=batches,
-        collate_fn=prompts.collate,
-        num_workers=args.dataloader_num_workers if todo else 0,
-    )
     if todo:
         model.eval()
     if todo and kept and rank == 0:
         print(
-            f"{stage} training: {len(todo)} of {len(prompts)} questions are asked, the other answers are kept",
+            f"{moment(args, stage)}: {len(todo)} of {len(prompts)} questions are asked, the other answers are kept",
             flush=True,
         )
     bar = tqdm(
-        total=len(prompts), initial=len(kept), desc=f"answers {stage} training", disable=args.disable_tqdm or rank > 0
+        total=len(prompts),
+        initial=len(kept),
+        desc=f"answers {moment(args, stage)}",
+        disable=args.disable_tqdm or rank > 0,
     )
+
+    def answer(batch, inputs):
+        return _generate(model, dataset.processor, inputs, [prompts.questions[number] for number in batch], args)
+
+    workers = args.dataloader_num_workers
     # The other ranks write nothing.
-    with open(path if rank == 0 else os.devnull, "a", encoding="utf-8") as file, _precision(args):
-        for batch, inputs in zip(batches, loader, strict=True):
-            asked = [prompts.questions[index] for index in batch]
-            found = _generate(model, dataset.processor, inputs, asked, args) if batch else []
-            pairs = list(zip(batch, found, strict=True))
-            gathered = gather_object(pairs) if ranks > 1 else pairs
-            predictions.update(gathered)
-            bar.update(len(gathered))
+    with open(path if rank == 0 else os.devnull, "a", encoding="utf-8") as file, precision(model, args.compute_dtype):
+        for found in answer_in_rounds(prompts, prompts.collate, todo, size, workers, answer):
+            predictions.update(found)
+            bar.update(len(found))
             if rank == 0:
                 # One write for a round: of a round that is cut short nothing is kept.
-                file.write("".join(to_line(stage, by, prediction) for _, prediction in gathered))
+                file.write("".join(to_line(stage, by, prediction) for _, prediction in found))
                 file.flush()
             if signum := stop_signals.agree(args.device):
-                raise Stopped(signum, f"{len(predictions)} of {len(prompts)} answers {stage} training are written")
+                raise Stopped(signum, f"{len(predictions)} of {len(prompts)} answers {moment(args, stage)} are written")
     bar.close()
     answered = [predictions[number] for number in range(len(prompts))]
     if rank == 0 and kept and todo:
@@ -132,29 +127,43 @@ def generate_answers(model, dataset: ConversationDataset, args: RecipeArguments,
     return answered
 
 
+def moment(args: RecipeArguments, stage: str) -> str:
+    """A stage in words."""
+    if not args.do_train and args.resume_from_checkpoint is None:
+        return "without training"
+    return f"{stage} training"
+
+
 def from_first_rank(value: Any, args: RecipeArguments) -> Any:
     """The first rank's value, on all of them: files that it alone writes may come into sight later on others."""
     return broadcast_object_list([value])[0] if args.world_size > 1 else value
 
 
-def _precision(args: RecipeArguments):
-    # As in training: adapters are kept in float32 beside a base in 16 bits, and autocast brings the two together.
-    mixed = args.use_lora and args.compute_dtype != torch.float32
-    return torch.autocast(args.device.type, dtype=args.compute_dtype) if mixed else nullcontext()
+def precision(model, dtype: torch.dtype):
+    """What the model answers within: autocast where an adapter, kept in float32, lies over a base in 16 bits, as in training."""
+    mixed = isinstance(model, PeftModel) and dtype != torch.float32
+    return torch.autocast(model.device.type, dtype=dtype) if mixed else nullcontext()
 
 
 @torch.no_grad()
 def _generate(model, processor: Phi3VProcessor, inputs, asked: list[Prediction], args) -> list[Prediction]:
     inputs = inputs.to(args.device)
-    output = model.generate(**inputs, max_new_tokens=args.max_new_tokens, do_sample=False, use_cache=True)
-    texts = processor.tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    predictions = [replace(question, answer=text.strip()) for question, text in zip(asked, texts, strict=True)]
+    texts = greedy_answers(model, processor, inputs, args.max_new_tokens)
+    predictions = [replace(question, answer=text) for question, text in zip(asked, texts, strict=True)]
     for choice in sorted({choice for question in asked for choice in question.choices}):
         scores = _log_probability(model, processor, inputs, choice)
         for prediction, value in zip(predictions, scores, strict=True):
             if choice in prediction.choices:
                 prediction.choices[choice] = value
     return predictions
+
+
+@torch.no_grad()
+def greedy_answers(model, processor: Phi3VProcessor, inputs, max_new_tokens: int) -> list[str]:
+    """Greedy answers to a left-padded batch of prompts, which lies on the model's device."""
+    output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, use_cache=True)
+    texts = processor.tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [text.strip() for text in texts]
 
 
 def _log_probability(model, processor: Phi3VProcessor, inputs, choice: str) -> list[float]:

@@ -9,7 +9,7 @@ from typing import Any
 from ..arguments import RecipeArguments
 from ..data.dataset import ConversationDataset
 from ..errors import InputError, ScriptError, describe_script_error
-from .answering import Prompts, from_first_rank, generate_answers
+from .answering import Prompts, from_first_rank, generate_answers, moment
 from .predictions import Prediction, answering_model, kept_answers, with_answer
 
 
@@ -59,7 +59,7 @@ def evaluate(
         aside.write_text(json.dumps(result, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
         aside.replace(path)
         shown = ", ".join(f"{name} {value:.4f}" for name, value in figures.items() if "/" not in name)
-        print(f"{stage} training: {shown} ({len(predictions)} answers, {seconds:.0f} s) -> {path}", flush=True)
+        print(f"{moment(args, stage)}: {shown} ({len(predictions)} answers, {seconds:.0f} s) -> {path}", flush=True)
     return result
 
 

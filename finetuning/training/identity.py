@@ -51,7 +51,14 @@ CHOOSING_THE_BEST = {
     "eval_split",
     "eval_size",
 }
-MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "*processor_config.json", "tokenizer*.json")
+MODEL_FILES = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "config.json",
+    "adapter_config.json",
+    "*processor_config.json",
+    "tokenizer*.json",
+)
 SAMPLED_BYTES, SAMPLES = 4096, 64
 
 

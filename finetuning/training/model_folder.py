@@ -74,6 +74,8 @@ LAYERS = {
 
 def is_complete(folder: Path) -> bool:
     """Whether config, tokenizer and weights are there; for a download of which no list of files was kept."""
+    if (folder / "adapter_config.json").exists():
+        return (folder / "adapter_model.safetensors").exists()
     try:
         return (folder / "tokenizer.json").exists() and all((folder / name).exists() for name in weight_files(folder))
     except InputError:

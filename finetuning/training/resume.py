@@ -125,16 +125,19 @@ def _inspect_folder(args: RecipeArguments, train: ConversationDataset, evaluatio
     _lock(output)
     if args.overwrite_output_dir and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         clear_output(output)
-    settings, spread = settings_of(args), spread_of(args)
-    record = {
+    settings, spread, earlier = settings_of(args), spread_of(args), read_run(output)
+    rows = {"train": digest_rows(train.fingerprints), "eval": digest_rows(evaluation.fingerprints)}
+    if earlier and not args.do_train:
+        # Rows to train on are not even read then.
+        rows["train"] = earlier["rows"]["train"]
+    record: dict[str, Any] = {
         "script": os.path.basename(sys.argv[0]),
         "started": datetime.now().isoformat(timespec="seconds"),
         "settings": settings,
         "spread": spread,
-        "rows": {"train": digest_rows(train.fingerprints), "eval": digest_rows(evaluation.fingerprints)},
+        "rows": rows,
     }
     record["identity"] = _identity(record)
-    earlier = read_run(output)
     checkpoints, final = find_checkpoints(output), read_manifest(output)
     if earlier is None and not checkpoints and final_files(output):
         raise InputError(
@@ -202,7 +205,8 @@ def _mark_folder(
     record = found.record
     if found.earlier and chosen:
         record = {**found.earlier, **record, "started": found.earlier["started"]}
-    known = {"train": train.fingerprints, "eval": evaluation.fingerprints}
+    trained_on = train.fingerprints if args.do_train else read_rows(output, "train") or []
+    known = {"train": trained_on, "eval": evaluation.fingerprints}
     same_rows = found.earlier is not None and found.earlier["rows"] == record["rows"] and (output / ROWS).exists()
     if not same_rows or found.earlier != record:
         write_run(output, record, None if same_rows else known)

@@ -36,7 +36,8 @@ def print_summary(model, args: RecipeArguments, dataset: ConversationDataset) ->
         print(text, flush=True)
         output = Path(args.output_dir)
         write_run(output, {**(read_run(output) or {}), "summary": text})
-    check_disk(model, args, dataset)
+    if args.do_train:
+        check_disk(model, args, dataset)
 
 
 def count_steps(args: RecipeArguments, rows: int) -> int:
@@ -52,7 +53,7 @@ def steps_per_epoch(args: RecipeArguments, rows: int) -> int:
 
 
 def describe(model, args: RecipeArguments, dataset: ConversationDataset) -> str:
-    """What will be trained, and how, as a table to print before training."""
+    """What will be trained, and how, as a table to print before training; with --do_train False what answers."""
     counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     dtypes: dict[str, set[str]] = defaultdict(set)
     for name, parameter in model.named_parameters():
@@ -60,6 +61,16 @@ def describe(model, args: RecipeArguments, dataset: ConversationDataset) -> str:
         packed = parameter.dtype == torch.uint8
         counts[model_part(name)][0 if parameter.requires_grad else 1] += parameter.numel() * (2 if packed else 1)
         dtypes[model_part(name)].add("nf4" if packed else str(parameter.dtype).removeprefix("torch."))
+    compute, attention = str(args.compute_dtype).removeprefix("torch."), _attention_name(args)
+    if not args.do_train:
+        total = sum(sum(count) for count in counts.values())
+        return "\n".join(
+            [
+                f"model            {args.model_name_or_path}, {total:,} parameters; nothing is trained",
+                f"device           {_device_name(args)}; compute {compute}; attention {attention}",
+                f"output           {args.output_dir}",
+            ]
+        )
     lines = [f"{'part':<16}{'trainable':>16}{'frozen':>16}  dtype"]
     for part in PARTS:
         trainable, frozen = counts[part]
@@ -69,10 +80,6 @@ def describe(model, args: RecipeArguments, dataset: ConversationDataset) -> str:
     trained = sum(count[0] for count in counts.values())
     lines.append(f"{'all':<16}{trained:>16,}{total - trained:>16,}  {trained / total:.2%} trainable")
     ranks, micro, rows = args.world_size, args.per_device_train_batch_size, len(dataset)
-    attention = args.attention
-    if args.use_flash_attention and attention.startswith("sdpa"):
-        attention = f"{attention} (flash-attn is not installed: PyTorch's own flash kernel)"
-    compute = str(args.compute_dtype).removeprefix("torch.")
     compiled = "; layers compiled" if args.compile_options else ""
     places = ranks * micro * args.gradient_accumulation_steps
     empty = f"; {places - args.batch_size} of {places} places stay empty" if places > args.batch_size else ""
@@ -90,6 +97,12 @@ def describe(model, args: RecipeArguments, dataset: ConversationDataset) -> str:
             f"note             {torch.cuda.device_count()} GPUs here, {ranks} used: torchrun --nproc_per_node=N uses more"
         )
     return "\n".join(lines)
+
+
+def _attention_name(args: RecipeArguments) -> str:
+    if args.use_flash_attention and args.attention.startswith("sdpa"):
+        return f"{args.attention} (flash-attn is not installed: PyTorch's own flash kernel)"
+    return args.attention
 
 
 def _describe_steps(args: RecipeArguments, rows: int) -> str:

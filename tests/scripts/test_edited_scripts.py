@@ -15,7 +15,7 @@ ROWS, QUESTIONS = 8, 3
 STRATEGIES = {"full": ["--deepspeed", "none"], "lora": ["--use_lora", "--lora_rank", "4", "--lora_dropout", "0.1"]}
 SOURCE = Path(script("docvqa")).read_text(encoding="utf-8")
 ANSWERS = "parsed.answers"
-SPLITS = 'return read_splits(args.data_dir, evaluation=args.eval_split or ("test", "val"))'
+SPLITS = 'return load_folder(args, evaluation=("test", "val"))'
 
 
 @dataclass

@@ -1,0 +1,230 @@
+"""Merges an adapter into its base model: a whole model, for vLLM and all that takes no adapter.
+
+    python -m finetuning.merge output/docvqa merged
+    python -m finetuning.merge output/docvqa/checkpoint-500 merged --dtype bfloat16
+
+The base is the one that adapter_config.json names. Layer by layer, in float32, rounded once to the dtype that is saved. Before
+the folder gets its name, the answers and logits of what was saved are held against those of base and adapter. A QLoRA adapter,
+trained over a base in 4 bits, is merged into the base itself; the same comparison says what that changes.
+"""
+
+import argparse
+import gc
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from peft.tuners.tuners_utils import BaseTunerLayer
+from PIL import Image
+from transformers.utils import logging
+
+from phi3v import Phi3VProcessor
+
+from .arguments import check_model_name
+from .environment import prepare_process
+from .errors import InputError, RunError, run_script
+from .results.answering import precision
+from .results.predictions import PREDICTIONS, read_predictions
+from .training.loading import open_model, read_adapter, read_model, read_processor, stored_dtype, trained_dtype
+from .training.saved import SavedModel, find_saved
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16, "float16": torch.float16}
+SHARD = "2GB"  # a shard is copied in memory while it is written
+QUESTION, QUESTIONS = "What is written here?", 4
+NEW_TOKENS = 16
+TIMEOUT = 1800  # seconds
+# Share of the logits' spread by which rounding may move them: 8 bits of bfloat16 over all layers.
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.3}
+
+
+@dataclass
+class Said:
+    """What a model says to the questions of the comparison: logits of the last positions, and greedy answers' tokens."""
+
+    logits: list[torch.Tensor]
+    answers: list[list[int]]
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise InputError(f"{message} (--help says what is taken)")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The arguments, checked as far as that needs no model.
+
+    Raises:
+        InputError: for a wrong call.
+    """
+    parser = _Parser(
+        prog="python -m finetuning.merge",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("adapter", help="output folder or checkpoint-N of a LoRA or QLoRA run")
+    parser.add_argument("to", type=Path, help="new folder for the merged model")
+    parser.add_argument("--base", help="base model, if it is not where adapter_config.json says")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the merged weights (default: the base's own)")
+    args = parser.parse_args(argv)
+    check_model_name(args.adapter, "ADAPTER")
+    if args.to.is_symlink() or (args.to.exists() and (not args.to.is_dir() or any(args.to.iterdir()))):
+        raise InputError(f"{args.to}: expected a new folder for the merged model, found something; choose another")
+    return args
+
+
+def merge(saved: SavedModel, dtype: torch.dtype) -> Any:
+    """Base and adapter as one model on the CPU, in `dtype`; at most one layer at a time is held in float32.
+
+    Args:
+        saved (SavedModel): an adapter, as `find_saved` gives it.
+        dtype (torch.dtype): of the merged weights.
+    """
+    model: Any = read_adapter(read_model(saved, dtype, "sdpa", False, torch.device("cpu")), saved)
+    layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
+    for layer in layers:
+        layer.float()
+        layer.merge(safe_merge=True)
+        layer.to(dtype)
+    # Not merge_and_unload, which would merge each layer again in its own dtype.
+    return model.unload()
+
+
+def questions_of(saved: SavedModel) -> list[tuple[str, Image.Image | None]]:
+    """Questions of the comparison: those of the run, where it has answered some, each about a drawn picture; one has none."""
+    found = []
+    if saved.adapter:
+        folders = (saved.adapter, saved.adapter.parent)
+        asked = [item.get("question") for folder in folders for item in read_predictions(folder / PREDICTIONS)]
+        found = list(
+            dict.fromkeys(text for text in asked if isinstance(text, str) and "<|" not in text and text.strip())
+        )
+    # A gradient: a picture of every brightness, of another shape for each question.
+    pictures = [Image.linear_gradient("L").convert("RGB").resize((300 + 150 * n, 400)) for n in range(QUESTIONS - 1)]
+    texts = [*found, *[QUESTION] * QUESTIONS][:QUESTIONS]
+    return list(zip(texts, [*pictures, None], strict=True))
+
+
+@torch.no_grad()
+def say(
+    model: Any, processor: Phi3VProcessor, questions: list[tuple[str, Image.Image | None]], dtype: torch.dtype
+) -> Said:
+    """What a model says to questions, one by one.
+
+    Args:
+        model: model or PEFT model.
+        processor (Phi3VProcessor): its processor.
+        questions (list): text and picture, or no picture, of each.
+        dtype (torch.dtype): what the model computes in.
+    """
+    said = Said([], [])
+    model.eval()
+    for text, picture in questions:
+        tag = "<|image_1|>\n" if picture else ""
+        prompt = processor.apply_chat_template([{"role": "user", "content": tag + text}], add_generation_prompt=True)
+        inputs = processor(prompt, [picture] if picture else None).to(model.device)
+        with precision(model, dtype):
+            said.logits.append(model(**inputs, logits_to_keep=8).logits.float())
+            output = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
+        said.answers.append(output[0, inputs["input_ids"].shape[1] :].tolist())
+    return said
+
+
+def compare(found: Said, expected: Said) -> tuple[float, float, int]:
+    """Largest deviation of the logits, that as a share of their spread, and how many answers are the same."""
+    deviation = max(float((a - b).abs().max()) for a, b in zip(found.logits, expected.logits, strict=True))
+    spread = max(float(logits.std()) for logits in expected.logits)
+    same = sum(a == b for a, b in zip(found.answers, expected.answers, strict=True))
+    return deviation, deviation / max(spread, 1e-9), same
+
+
+def check_disk(saved: SavedModel, to: Path) -> None:
+    """Compares the free space with what is written: about as much as the base's weights.
+
+    Raises:
+        InputError: if it does not fit.
+    """
+    needed = sum(path.stat().st_size for path in saved.folder.glob("*.safetensors"))
+    parent = next(folder for folder in to.absolute().parents if folder.exists())
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise InputError(
+            f"{to}: expected {needed / 1e9:.1f} GB of free disk space, found {free / 1e9:.1f} GB; choose another disk"
+        )
+
+
+def main() -> None:
+    """Merges what the command line says."""
+    args = parse_args()
+    logging.disable_progress_bar()
+    prepare_process(True, None, TIMEOUT, 2**31)
+    PartialState(cpu=True)
+    saved = find_saved(args.adapter, args.base)
+    if not saved.adapter:
+        raise InputError(f"{args.adapter}: expected an adapter, found a whole model, which needs no merging")
+    check_disk(saved, args.to)
+    processor = read_processor(saved)
+    cpu = torch.device("cpu")
+    stored = stored_dtype(saved)
+    dtype = DTYPES[args.dtype] if args.dtype else stored
+    questions = questions_of(saved)
+
+    print(f"{args.adapter} into {saved.base}, {str(dtype).removeprefix('torch.')}", flush=True)
+    model = merge(saved, dtype)
+    # Under its own name only when it is whole and has been compared.
+    part = args.to.with_name(f"{args.to.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        model.save_pretrained(part, max_shard_size=SHARD)
+        processor.save_pretrained(part)
+    except OSError as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise RunError(f"{args.to} could not be written: {error}; nothing is left of it") from None
+    del model
+    gc.collect()
+
+    # One model at a time.
+    expected = say_and_forget(saved, processor, questions, stored, False)
+    found = say_and_forget(find_saved(str(part)), processor, questions, dtype, False)
+    deviation, share, same = compare(found, expected)
+    print(
+        f"held against base and adapter on {QUESTIONS} questions: largest logit deviation {deviation:.2g} "
+        f"({share:.1%} of their spread), {same} of {QUESTIONS} answers the same",
+        flush=True,
+    )
+    if not share < TOLERANCE[torch.float32 if dtype == stored == torch.float32 else torch.bfloat16]:
+        raise RunError(
+            f"{part}: expected the merged model to say what the adapter says; it is left there, but not used"
+        )
+    if saved.in_4_bits:
+        quantised = say_and_forget(saved, processor, questions, trained_dtype(saved, cpu), True)
+        deviation, share, same = compare(found, quantised)
+        print(
+            f"the adapter was trained over the base in 4 bits; against that: largest logit deviation {deviation:.2g} "
+            f"({share:.1%} of their spread), {same} of {QUESTIONS} answers the same",
+            flush=True,
+        )
+    if args.to.exists():
+        args.to.rmdir()
+    os.replace(part, args.to)
+    print(f"merged -> {args.to}", flush=True)
+
+
+def say_and_forget(
+    saved: SavedModel, processor: Phi3VProcessor, questions: list, dtype: torch.dtype, in_4_bits: bool
+) -> Said:
+    """What a saved model says, in float32 where its dtype is no dtype of a CPU's; its memory is given back."""
+    dtype = torch.float32 if dtype == torch.float16 else dtype
+    model = open_model(saved, dtype, in_4_bits, torch.device("cpu"))
+    said = say(model, processor, questions, dtype)
+    del model
+    gc.collect()
+    return said
+
+
+if __name__ == "__main__":
+    run_script(main)
