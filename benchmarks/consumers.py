@@ -6,14 +6,15 @@ Trains a small model of the official layout (CLIP ViT-L/14's width with 3 layers
 strategies under torchrun, merges the adapters, and has every folder read (benchmarks/reader.py). Compared with this package on the
 pinned transformers: input ids, all logits in float32, greedy answers of 16 tokens, of a page, two pictures and a text.
 
---official: configuration_phi3_v.py, modeling_phi3_v.py and processing_phi3_v.py of microsoft/Phi-3.5-vision-instruct; they are
-served by a hub on the loopback, from which transformers fetches them by the folders' auto_map. Without it those rows are left out.
+--official: a folder with configuration_phi3_v.py, modeling_phi3_v.py and processing_phi3_v.py of microsoft/Phi-3.5-vision-instruct,
+which are imported and run; without it those rows are left out.
 --environments: where the consumers' environments are, or are made by pip (default: .venvs).
 
 Unit: largest_logit_deviation, of float32 logits. Written: benchmarks/results/consumers.json.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import shlex
@@ -29,16 +30,11 @@ from typing import Any
 import torch
 
 from demo import STRATEGIES, build_data
-from phi3v import Phi3VConfig, Phi3VForCausalLM
+from phi3v import Phi3VConfig, Phi3VForCausalLM, Phi3VProcessor
 
 from .models import picture
 from .record import RESULTS, ROOT, provenance, write
 
-sys.path.insert(0, str(ROOT / "tests"))
-
-from hub import Hub, folder_files  # noqa: E402
-
-OFFICIAL_REPOSITORY = "microsoft/Phi-3.5-vision-instruct"
 # The official files but the weights; too large to be kept here.
 OFFICIAL_FILES = ROOT.parent / "shared" / "phi35v"
 # Over the official config.json. Depths and widths that no reader depends on.
@@ -198,20 +194,18 @@ def main() -> None:
     args = parser.parse_args()
     with ExitStack() as stack:
         work = args.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        hub = stack.enter_context(Hub())
-        if args.official:
-            files = {
-                name: content for name, content in folder_files(args.official).items() if name.endswith("_phi3_v.py")
-            }
-            hub.put(OFFICIAL_REPOSITORY, files)
-        rows = measure(work, args.environments.absolute(), hub.endpoint if args.official else None)
+        rows = measure(work, args.environments.absolute(), args.official and args.official.absolute())
     kept = json.loads(args.result.read_text()).get("others", {}) if args.result.exists() else {}
     versions = provenance("torch", "transformers", "peft", "tokenizers")
+    if args.official:
+        # Which copy it was.
+        paths = sorted(args.official.glob("*_phi3_v.py"))
+        versions["official_sha256"] = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
     # `others`: consumers that other commands measure, vLLM and TRL.
     write(args.result, {**versions, "environments": ENVIRONMENTS, "consumers": rows, "others": kept})
 
 
-def measure(work: Path, environments: Path, endpoint: str | None) -> dict[str, dict[str, Any]]:
+def measure(work: Path, environments: Path, code: Path | None) -> dict[str, dict[str, Any]]:
     """Each consumer's result for each folder that it can read."""
     work.mkdir(parents=True, exist_ok=True)
     found = work / "folders.json"
@@ -219,14 +213,12 @@ def measure(work: Path, environments: Path, endpoint: str | None) -> dict[str, d
         found.write_text(json.dumps({name: str(path) for name, path in build_folders(work).items()}))
     folders = {name: Path(path) for name, path in json.loads(found.read_text()).items()}
     cases = work / "cases" / "cases.json" if (work / "cases").exists() else build_cases(work / "cases")
-    from phi3v import Phi3VProcessor
-
-    tokenizer = Phi3VProcessor.from_pretrained(work / "full")
+    tokenizer = Phi3VProcessor.from_pretrained(work / "full", trust_remote_code=False)
     rows: dict[str, dict[str, Any]] = {}
     for folder_name, folder in folders.items():
         adapter, expected = "adapter" in folder_name, None
         for name, (consumer, environment) in (ADAPTER_CONSUMERS if adapter else CONSUMERS).items():
-            if consumer.startswith("official") and endpoint is None:
+            if consumer.startswith("official") and code is None:
                 continue
             result = work / "read.pt"
             result.unlink(missing_ok=True)
@@ -239,8 +231,8 @@ def measure(work: Path, environments: Path, endpoint: str | None) -> dict[str, d
                 str(result),
             ]
             command += ["--base", str(work / "base")] if adapter else []
-            online = {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "HF_HOME": str(work / "home")} if endpoint else {}
-            done = run(command, **(online if consumer.startswith("official") else {}))
+            command += ["--code", str(code)] if consumer.startswith("official") else []
+            done = run(command)
             row: dict[str, Any] = {"works": False, "fault": (done.stderr.strip().splitlines() or [""])[-1][:300]}
             if done.returncode == 0:
                 read = torch.load(result)

@@ -1,9 +1,9 @@
 """Reads one saved folder as one of its consumers does; started by benchmarks/consumers.py, in an environment of the consumer's own.
 
-    python benchmarks/reader.py CONSUMER FOLDER CASES RESULT [--base BASE]
+    python benchmarks/reader.py CONSUMER FOLDER CASES RESULT [--base BASE] [--code CODE]
 
 CONSUMER: phi3v (this package, by transformers' Auto classes), adapter (the same over PEFT), pipeline, files (transformers 4.x
-without any code of the model), official and official-adapter (the official code, fetched through the folder's auto_map).
+without any code of the model), official and official-adapter (the official code, in the folder CODE).
 CASES: a JSON list of {"text", "images"}. RESULT: a file that torch.load reads, of each case ids, logits and answer as far as the
 consumer gives them. Needs torch, transformers and Pillow, phi3v for its own consumers, PEFT for adapters.
 """
@@ -13,6 +13,8 @@ import builtins
 import json
 import re
 import sys
+from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -61,32 +63,55 @@ def stand_in_for_torchvision() -> None:
     sys.modules |= {"torchvision": torchvision, "torchvision.transforms": transforms}
 
 
-def load(consumer: str, folder: str, base: str) -> tuple[Any, Any]:
-    """Processor and model, as somebody would load them who knows nothing of this repository."""
-    official = consumer.startswith("official")
-    # Before the stand-in: transformers looks for the real one when it is imported.
-    from transformers import AutoModelForCausalLM, AutoProcessor
+def import_official(code: str) -> tuple[Any, Any]:
+    """Processor and model class of the official code in a folder, which the caller has named: nothing that a saved folder says."""
+    from transformers import CLIPVisionModel  # noqa: F401
 
-    options: dict[str, Any] = {"attn_implementation": "eager", "torch_dtype" if official else "dtype": torch.float32}
-    if official:
-        stand_in_for_torchvision()
-        # The answer to the question: those who say yes get the official code.
-        options["trust_remote_code"] = True
-        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    # After transformers, which looks for the real one when it is imported.
+    stand_in_for_torchvision()
+    package = ModuleType("official")
+    package.__path__ = [code]
+    sys.modules["official"] = package
+    processing, modeling = (import_module(f"official.{name}_phi3_v") for name in ("processing", "modeling"))
+    return processing.Phi3VProcessor, modeling.Phi3VForCausalLM
+
+
+def check_auto_map(folder: str) -> None:
+    """Checks that every class that a folder's files name for those who trust remote code is one of the imported official code."""
+    for path in sorted(Path(folder).glob("*.json")):
+        for reference in (json.loads(path.read_text(encoding="utf-8")).get("auto_map") or {}).values():
+            repository, _, name = reference.partition("--")
+            module, _, found = name.partition(".")
+            assert repository == "microsoft/Phi-3.5-vision-instruct", reference
+            assert hasattr(import_module(f"official.{module}"), found), reference
+
+
+def load(consumer: str, folder: str, base: str, code: str) -> tuple[Any, Any]:
+    """Processor and model, as somebody would load them who knows nothing of this repository."""
+    processor_class: Any
+    model_class: Any
+    if consumer.startswith("official"):
+        processor_class, model_class = import_official(code)
+        check_auto_map(folder)
+        dtype = "torch_dtype"
     else:
+        from transformers import AutoModelForCausalLM, AutoProcessor
+
         import phi3v  # noqa: F401
 
-        processor = AutoProcessor.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(base, **options)
+        processor_class, model_class, dtype = AutoProcessor, AutoModelForCausalLM, "dtype"
+    options = {"attn_implementation": "eager", dtype: torch.float32}
+    processor = processor_class.from_pretrained(folder, trust_remote_code=False)
+    model = model_class.from_pretrained(base, trust_remote_code=False, **options)
     if consumer.endswith("adapter"):
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, folder)
+        model = PeftModel.from_pretrained(model, folder, trust_remote_code=False)
     return processor, model.eval()
 
 
-def read_with_model(consumer: str, folder: str, base: str, cases: list[dict]) -> list[dict]:
-    processor, model = load(consumer, folder, base)
+def read_with_model(consumer: str, folder: str, base: str, code: str, cases: list[dict]) -> list[dict]:
+    processor, model = load(consumer, folder, base, code)
     found = []
     for case in cases:
         # The official processor has no template of its own.
@@ -135,13 +160,13 @@ def read_files(folder: str, cases: list[dict]) -> list[dict]:
         rope = json.load(file)["rope_scaling"]
     assert sorted(rope) == ["long_factor", "short_factor", "type"], sorted(rope)
     assert rope["type"] == "su"
-    stop = GenerationConfig.from_pretrained(folder).eos_token_id
+    stop = GenerationConfig.from_pretrained(folder, trust_remote_code=False).eos_token_id
     assert sorted(stop) == [32000, 32007], stop
     found = []
     for case in cases:
         rows = []
         for kind in (LlamaTokenizerFast, PreTrainedTokenizerFast):
-            tokenizer = kind.from_pretrained(folder)
+            tokenizer = kind.from_pretrained(folder, trust_remote_code=False)
             messages = [{"role": "user", "content": case["text"]}]
             prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
             rows.append([token for text in re.split(r"<\|image_\d+\|>", prompt) for token in tokenizer(text).input_ids])
@@ -155,6 +180,7 @@ def main() -> None:
     for name in ("consumer", "folder", "cases", "result"):
         parser.add_argument(name)
     parser.add_argument("--base", help="whole model below an adapter")
+    parser.add_argument("--code", help="folder with the official code")
     args = parser.parse_args()
     builtins.input = refuse
     with open(args.cases) as file:
@@ -164,7 +190,7 @@ def main() -> None:
     elif args.consumer == "files":
         found = read_files(args.folder, cases)
     else:
-        found = read_with_model(args.consumer, args.folder, args.base or args.folder, cases)
+        found = read_with_model(args.consumer, args.folder, args.base or args.folder, args.code, cases)
     torch.save({"cases": found, "asked": len(asked)}, args.result)
 
 
