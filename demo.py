@@ -267,6 +267,19 @@ def fine_tune(out_dir: Path, strategy: str) -> Path:
     return output
 
 
+def ask(out_dir: Path, output: Path) -> str:
+    """Asks the trained model about a page that it has not seen, and returns the command that does."""
+    page = out_dir / "data" / "images" / "test_0000.png"
+    # As the script asks in training.
+    command = ["-m", "finetuning.ask", str(output), "--image", str(page), f"{QUESTION}\nAnswer briefly."]
+    rows = map(json.loads, (out_dir / "data" / "rows.jsonl").read_text().splitlines())
+    written = next(row["answers"][0] for row in rows if row["image"] == f"images/{page.name}")
+    print(f"\n{written} is written on {page}; it reads:", flush=True)
+    if subprocess.run([sys.executable, *command], cwd=Path(__file__).parent).returncode:
+        sys.exit("asking failed, see above")
+    return shlex.join(["python", *command])
+
+
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out_dir", type=Path, nargs="?", default=Path("demo_output"), help="folder for everything")
@@ -282,9 +295,13 @@ def main(arguments: list[str]) -> None:
     print(f"4,000 pages to learn from, 200 to be asked about: {out_dir / 'data'}")
     output = fine_tune(out_dir, args.strategy)
     scores = {stage: json.loads((output / f"eval_{stage}.json").read_text())["anls"] for stage in ("before", "after")}
+    command = ask(out_dir, output)
     print(f"""
 ANLS on pages it has not seen: {scores["before"]:.2f} before, {scores["after"]:.2f} after.
 Look at {output / "report.html"} and {output / "curves.png"}; every answer is in predictions.jsonl beside them.
+
+Ask it yourself (without the question: a chat):
+    {command}
 
 Next, on one or more real GPUs (the model and the data are fetched from the Hugging Face hub):
     torchrun --nproc_per_node=4 finetune_hf_trainer_docvqa.py --bf16""")

@@ -21,7 +21,7 @@ from finetuning.data.dataset import build_dataset
 from finetuning.data.reading import load_folder
 from finetuning.data.schemas import ConvertedRow, ConvertedTurn, parse_row
 from finetuning.errors import InputError, run_script
-from finetuning.results.evaluation import evaluate, score_again
+from finetuning.results.evaluation import check_score, evaluate, score_again, score_while_training
 from finetuning.results.metrics import exact_match
 from finetuning.results.predictions import Prediction
 from finetuning.results.report import write_report
@@ -76,6 +76,7 @@ def main():
     train_rows, eval_rows = load_splits(args)
     train_dataset = build_dataset(train_rows, to_conversation, processor, args, split="train")
     eval_dataset = build_dataset(eval_rows, to_conversation, processor, args, split="eval")
+    check_score(eval_dataset, score, args)
     if begin_or_resume(args, train_dataset, eval_dataset) and score_again(eval_dataset, score, args):
         write_report(args, __doc__, eval_dataset)
         return
@@ -89,6 +90,7 @@ def main():
         eval_dataset=eval_dataset,
         data_collator=DataCollatorForPhi3V(processor.tokenizer.pad_token_id, args.padding_free),
         processing_class=processor,
+        score_answers=score_while_training(score, args),
     )
     evaluate(model, eval_dataset, score, args, stage="before")
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)

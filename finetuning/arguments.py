@@ -44,7 +44,18 @@ GROUPS = {
         "max_grad_norm",
         "recompute",
     ],
-    "evaluation": ["eval_split", "eval_size", "per_device_eval_batch_size", "max_new_tokens"],
+    "evaluation": [
+        "eval_split",
+        "eval_size",
+        "per_device_eval_batch_size",
+        "max_new_tokens",
+        "eval_strategy",
+        "eval_steps",
+        "eval_rows_during_training",
+        "metric_for_best_model",
+        "load_best_model_at_end",
+        "early_stopping_patience",
+    ],
     "output": ["output_dir", "do_train", "save_steps", "save_total_limit", "resume_from_checkpoint", "overwrite_output_dir", "on_nonfinite", "disable_tqdm"],
 }  # fmt: skip
 OTHER = "Hugging Face TrainingArguments"
@@ -59,6 +70,8 @@ RANGES = {
     "max_image_pixels": (1, None),
     "max_bad_rows": (0, None),
     "eval_size": (0, None),
+    "eval_rows_during_training": (1, None),
+    "early_stopping_patience": (1, None),
     "dataloader_num_workers": (0, 256),
     "learning_rate": (0, None),
     "weight_decay": (0, None),
@@ -160,7 +173,15 @@ class RecipeArguments(TrainingArguments):
         default=None, help="split of --data_dir that is answered, such as val or test (default: the task's usual one)"
     )
     eval_size: int | None = _flag(
-        default=None, help="rows answered before and after training (default: all of the split; 0: no evaluation)"
+        default=None,
+        help="rows answered before and after training, evenly spread over the split (default: all of it; 0: no evaluation)",
+    )
+    eval_rows_during_training: int = _flag(
+        default=200,
+        help="most rows answered at each evaluation of --eval_strategy, evenly spread over those of --eval_size",
+    )
+    early_stopping_patience: int | None = _flag(
+        default=None, help="stop after this many evaluations in a row without a better --metric_for_best_model"
     )
     per_device_eval_batch_size: int = _flag(default=4, help="rows answered at once on each GPU")
     max_new_tokens: int = _flag(default=64, help="longest answer that is generated, in tokens")
@@ -262,6 +283,17 @@ class RecipeArguments(TrainingArguments):
                     json.loads(value)
                 except (ValueError, RecursionError) as error:
                     raise InputError(f"--{name} {value:.80}: expected JSON, found: {error}") from None
+        evaluates = getattr(self.eval_strategy, "value", self.eval_strategy) != "no"
+        for name in ("early_stopping_patience", "metric_for_best_model"):
+            if getattr(self, name) is not None and not evaluates:
+                raise InputError(
+                    f"--{name} {getattr(self, name)}: expected --eval_strategy steps or epoch beside it, whose evaluations it "
+                    "goes by, found no"
+                )
+        if self.early_stopping_patience is not None:
+            self.metric_for_best_model = self.metric_for_best_model or "loss"
+            # Else a resumed run would begin to count anew.
+            self.restore_callback_states_from_checkpoint = True
         if self.do_predict:
             raise InputError(
                 "--do_predict: expected it left out; rows are answered before and after training, see --eval_size"

@@ -1,11 +1,13 @@
 """Rows of jsonl files: every error names file and line, splits are found, image paths stay inside the folder."""
 
+from itertools import pairwise
+
 import pytest
 import recipe
 from datasets import Dataset
 
 from finetuning.data.conversation import Turn
-from finetuning.data.reading import first_rows, iterate_rows, read_jsonl, read_splits
+from finetuning.data.reading import iterate_rows, read_jsonl, read_splits, sample_rows
 from finetuning.data.schemas import ConvertedRow, parse_row
 from finetuning.errors import InputError
 
@@ -127,11 +129,19 @@ def test_read_splits_says_what_is_missing(files, found, tmp_path):
 
 
 @pytest.mark.parametrize("kind", [list, Dataset.from_list])
-def test_first_rows_gives_the_first_rows(kind):
-    rows = kind([{"n": number} for number in range(5)])
-    assert [row["n"] for row in first_rows(rows, 2)] == [0, 1]
-    assert len(first_rows(rows, None)) == len(first_rows(rows, 9)) == 5
-    assert len(first_rows(rows, 0)) == 0
+def test_a_sample_is_spread_over_a_file_sorted_by_class(kind):
+    rows = kind([{"n": number, "class": number // 10} for number in range(57)])
+    for count in (1, 6, 20, 56):
+        found = [row["n"] for row in sample_rows(rows, count)]
+        assert len(found) == count
+        assert found == sorted(set(found))
+        assert found == [row["n"] for row in sample_rows(rows, count)]
+    assert {row["class"] for row in sample_rows(rows, 12)} == set(range(6))
+    # not every n-th row, which a file may repeat its kinds by
+    steps = [after - before for before, after in pairwise(row["n"] for row in sample_rows(rows, 12))]
+    assert len(set(steps)) > 2
+    assert len(sample_rows(rows, None)) == len(sample_rows(rows, 99)) == 57
+    assert len(sample_rows(rows, 0)) == 0
 
 
 def from_converted(row: dict):

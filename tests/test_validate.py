@@ -656,7 +656,9 @@ def test_a_task_s_own_rows_are_counted_as_its_script_trains_them(task, num_crops
     assert all("images that train does not hold" in fault["message"] for fault in report["faults"])
     assert report["num_crops"] == num_crops
     script = validate.load_script(task)
-    rows, _ = script.load_splits(SimpleNamespace(data_dir=str(tmp_path), eval_split=None, full_train=False))
+    rows, _ = script.load_splits(
+        SimpleNamespace(data_dir=str(tmp_path), eval_split=None, full_train=False, do_train=True)
+    )
     conversations = [script.to_conversation(row) for row in rows]
     processor = tiny.processor(num_crops)
     lengths = [len(encode_conversation(conversation, processor)["input_ids"]) for conversation in conversations]

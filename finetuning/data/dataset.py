@@ -16,7 +16,7 @@ from .conversation import Conversation, check_conversation, check_unique_ids, co
 from .encoding import check_length, count_tokens, encode_conversation
 from .fingerprint import Fingerprint, fingerprint
 from .images import load_images
-from .reading import first_rows, where
+from .reading import sample_rows, select, spread, where
 from .schemas import row_id
 from .shown import printable
 
@@ -94,6 +94,21 @@ class ConversationDataset(torch.utils.data.Dataset):
         """Makes the next epoch choose its own answers; `StartEpoch` calls it."""
         self._epoch.fill_(epoch)
 
+    def sample(self, count: int) -> "ConversationDataset":
+        """At most `count` of its rows, evenly spread."""
+        if count >= len(self):
+            return self
+        numbers = spread(count, len(self))
+        return ConversationDataset(
+            select(self.rows, numbers),
+            self.to_conversation,
+            self.processor,
+            [self.lengths[number] for number in numbers],
+            self.max_length,
+            self.seed,
+            skip_bad=self.skip_bad,
+        )
+
     def __len__(self) -> int:
         return len(self.rows)
 
@@ -140,7 +155,7 @@ def build_dataset(
             f"load_splits: expected a list or datasets.Dataset of rows {purpose}, found {type(rows).__name__}; list(...) makes one"
         )
     if split == "eval":
-        rows = first_rows(rows, args.eval_size)
+        rows = sample_rows(rows, args.eval_size)
     if split == "train" and args.do_train and not len(rows):
         raise InputError("load_splits: expected at least one row to train on, found none")
     state = PartialState()
@@ -158,7 +173,7 @@ def build_dataset(
     if bad:
         left_out = {row.index for row in bad}
         kept = [index for index in range(len(rows)) if index not in left_out]
-        rows = rows.select(kept) if hasattr(rows, "select") else [rows[index] for index in kept]
+        rows = select(rows, kept)
     skip = args.on_bad_row == "skip"
     return ConversationDataset(
         rows,

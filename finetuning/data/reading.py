@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
@@ -275,8 +276,19 @@ def _split_files(folder: Path, split: str) -> list[Path]:
     return paths
 
 
-def first_rows(rows: Sequence, count: int | None) -> Sequence:
-    """The first `count` rows of a list or of a `datasets.Dataset`; all of them without a count."""
+def spread(count: int, size: int) -> list[int]:
+    """Numbers of `count` of `size` rows, evenly spread, so that a file sorted by class gives of every class; always the same."""
+    rng = random.Random(0)
+    return [rng.randrange(part * size // count, (part + 1) * size // count) for part in range(count)]
+
+
+def sample_rows(rows: Sequence, count: int | None) -> Sequence:
+    """`count` rows of a list or of a `datasets.Dataset`, see `spread`; all of them without a count."""
     if count is None or count >= len(rows):
         return rows
-    return rows[:count] if isinstance(rows, list) else rows.select(range(count))  # type: ignore[attr-defined]
+    return select(rows, spread(count, len(rows)))
+
+
+def select(rows: Sequence, numbers: Sequence[int]) -> Sequence:
+    """The rows with these numbers."""
+    return rows.select(numbers) if hasattr(rows, "select") else [rows[number] for number in numbers]

@@ -12,11 +12,14 @@ def printable(text: str, limit: int = 200) -> str:
         text (str): an id, a path, a message of a library: anything that others have written.
         limit (int): longest text that stays whole, in characters.
     """
-    escaped = (
-        character if character.isprintable() else character.encode("unicode_escape").decode()
-        for character in _shorten(text, limit)
+    return _shorten(escape(_shorten(text, limit)), limit)
+
+
+def escape(text: str) -> str:
+    """A text whole, with the characters escaped that a terminal would act on, line breaks too."""
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
     )
-    return _shorten("".join(escaped), limit)
 
 
 def shown(value: Any, limit: int = 80) -> str:

@@ -22,7 +22,7 @@ from ..data.fingerprint import digest, identify_picture
 from ..data.images import load_images
 from ..errors import Stopped
 from ..training.signals import stop_signals
-from .predictions import PREDICTIONS, Prediction, answering_model, keep_answers, rewrite, to_line, with_answer
+from .predictions import PREDICTIONS, STEP, Prediction, answering_model, keep_answers, rewrite, to_line, with_answer
 from .rounds import answer_in_rounds
 
 
@@ -79,7 +79,7 @@ def generate_answers(model, dataset: ConversationDataset, args: RecipeArguments,
         model: the model or PEFT model, on the run's device; None where all answers are known to be kept.
         dataset (ConversationDataset): the rows to answer.
         args (RecipeArguments): per_device_eval_batch_size, max_new_tokens, output_dir, precision.
-        stage (str): "before" or "after".
+        stage (str): "before", "after", or "step N" while training.
 
     Returns:
         list[Prediction]: one for each question, on every rank.
@@ -131,7 +131,7 @@ def moment(args: RecipeArguments, stage: str) -> str:
     """A stage in words."""
     if not args.do_train and args.resume_from_checkpoint is None:
         return "without training"
-    return f"{stage} training"
+    return f"at {stage}" if stage.startswith(STEP) else f"{stage} training"
 
 
 def from_first_rank(value: Any, args: RecipeArguments) -> Any:

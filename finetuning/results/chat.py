@@ -14,7 +14,7 @@ from phi3v.processing_phi3_v import IMAGE_TAG
 from ..data.conversation import Conversation, Turn, check_conversation, control_tokens, to_messages
 from ..data.encoding import check_length
 from ..data.images import load_images
-from ..data.shown import printable
+from ..data.shown import escape
 from .answering import precision
 
 # In the place of answers that are not known yet.
@@ -41,7 +41,7 @@ class TerminalStreamer(TextStreamer):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
     def on_finalized_text(self, text: str, stream_end: bool = False):
-        lines = [printable(line, limit=len(line)) for line in text.split("\n")]
+        lines = [escape(line) for line in text.split("\n")]
         print("\n".join(lines), end="\n" if stream_end else "", flush=True)
 
 

@@ -3,14 +3,17 @@
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from transformers.trainer_utils import IntervalStrategy
 
 from ..arguments import RecipeArguments
 from ..data.dataset import ConversationDataset
 from ..errors import InputError, ScriptError, describe_script_error
 from .answering import Prompts, from_first_rank, generate_answers, moment
-from .predictions import Prediction, answering_model, kept_answers, with_answer
+from .predictions import STEP, Prediction, answering_model, kept_answers, with_answer
 
 
 def evaluate(
@@ -81,7 +84,57 @@ def _read_evaluation(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _score(score: Callable[[list[Prediction]], dict[str, float]], predictions: list[Prediction]) -> dict[str, float]:
+def check_score(
+    dataset: ConversationDataset, score: Callable[[list[Prediction]], dict[str, float]], args: RecipeArguments
+) -> None:
+    """Scores made-up answers, half of them right, before a model is loaded: is `score` sound, and is the best model's figure its?
+
+    Args:
+        dataset (ConversationDataset): the rows to answer.
+        score (Callable): the task's own.
+        args (RecipeArguments): eval_strategy, metric_for_best_model.
+
+    Raises:
+        ScriptError: if `score` fails.
+        InputError: if it gives anything but figures, or none that is asked for.
+    """
+    if not len(dataset):
+        if args.eval_strategy != IntervalStrategy.NO:
+            raise InputError(
+                f"--eval_strategy {IntervalStrategy(args.eval_strategy).value}: expected rows to answer, found none; raise --eval_size"
+            )
+        return
+    questions = Prompts(dataset, args.data_dir).questions
+    made_up = [
+        replace(question, answer="" if number % 2 else question.references[0])
+        for number, question in enumerate(questions)
+    ]
+    figures = ["loss", *(name for name in _score(score, made_up, "") if "/" not in name)]
+    metric = (args.metric_for_best_model or "loss").removeprefix("eval_")
+    if metric not in figures:
+        raise InputError(
+            f"--metric_for_best_model {args.metric_for_best_model}: expected a figure of this task ({', '.join(figures)})"
+        )
+
+
+def score_while_training(
+    score: Callable[[list[Prediction]], dict[str, float]], args: RecipeArguments
+) -> Callable[[Any, ConversationDataset, int], tuple[dict[str, float], list[Prediction]]]:
+    """What RecipeTrainer calls at each evaluation: (model, rows, step) -> figures and answers, which are kept."""
+
+    def answer_and_score(model, dataset: ConversationDataset, step: int):
+        predictions = generate_answers(model, dataset, args, f"{STEP}{step}")
+        return _score(score, predictions), predictions
+
+    return answer_and_score
+
+
+KEPT = "\nThe answers are kept: with the fault mended, the same command goes on from them"
+
+
+def _score(
+    score: Callable[[list[Prediction]], dict[str, float]], predictions: list[Prediction], advice: str = KEPT
+) -> dict[str, float]:
     try:
         figures = score(predictions)
     except (InputError, ScriptError):
@@ -90,9 +143,7 @@ def _score(score: Callable[[list[Prediction]], dict[str, float]], predictions: l
         text = describe_script_error(error)
         if text is None:
             raise
-        raise ScriptError(
-            f"{text}\nThe answers are kept: with the fault mended, the same command goes on from them"
-        ) from None
+        raise ScriptError(f"{text}{advice}") from None
     expected = 'expected figures by name such as {"accuracy": 0.5}'
     if not isinstance(figures, dict) or not figures:
         raise InputError(f"score: {expected}, found {figures!r:.100}")

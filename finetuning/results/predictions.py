@@ -12,6 +12,8 @@ from ..training.checkpoint import read_manifest
 from ..training.identity import read_run
 
 PREDICTIONS = "predictions.jsonl"
+# A stage while training is "step N".
+STEP = "step "
 
 
 @dataclass
@@ -39,9 +41,14 @@ class Prediction:
 
 
 def answering_model(args: RecipeArguments, stage: str) -> str:
-    """What the model that answers at a stage is known by: the run's settings, after training the final weights too."""
+    """What the model that answers at a stage is known by: the run's settings, after training the final weights too.
+
+    While training it is the run itself: its rows, settings and script.
+    """
     output = Path(args.output_dir)
     run, manifest = read_run(output), read_manifest(output)
+    if stage.startswith(STEP):
+        return digest([run and run.get("identity"), args.max_new_tokens]).hex()
     weights = None
     if stage != "before" and manifest:
         weights = {name: entry for name, entry in manifest["files"].items() if name.endswith(".safetensors")}

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, Dataset
@@ -39,6 +40,8 @@ def answer_in_rounds(
         batch_sampler=batches,
         collate_fn=lambda batch: collate(batch) if batch else None,
         num_workers=workers if todo else 0,
+        # Its own: the run's random numbers stay as they are.
+        generator=torch.Generator(),
     )
     for batch, inputs in zip(batches, loader, strict=True):
         pairs = list(zip(batch, answer(batch, inputs), strict=True)) if batch else []

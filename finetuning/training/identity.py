@@ -28,7 +28,7 @@ WITHOUT_EFFECT = {
     *("hub_strategy", "hub_always_push", "hub_revision", "include_num_input_tokens_seen", "skip_memory_metrics", "debug"),
     # what is evaluated: the kept answers are compared with the questions one by one
     *("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "eval_accumulation_steps", "eval_do_concat_batches"),
-    *("eval_use_gather_object", "eval_split", "eval_size", "include_for_metrics", "batch_eval_metrics", "max_new_tokens"),
+    *("eval_use_gather_object", "eval_split", "eval_size", "eval_rows_during_training", "include_for_metrics", "batch_eval_metrics", "max_new_tokens"),
     *("prediction_loss_only", "per_device_eval_batch_size", "bf16_full_eval", "fp16_full_eval", "do_train", "do_eval"),
     *("do_predict", "label_names"),
     # which rows there are: their conversations are compared
@@ -50,6 +50,8 @@ CHOOSING_THE_BEST = {
     "save_steps",
     "eval_split",
     "eval_size",
+    "eval_rows_during_training",
+    "max_new_tokens",
 }
 MODEL_FILES = (
     "*.safetensors",
@@ -64,7 +66,8 @@ SAMPLED_BYTES, SAMPLES = 4096, 64
 
 def settings_of(args: RecipeArguments) -> dict[str, Any]:
     """Name -> value of every argument that can change the result, as JSON holds it; a file counts by its content."""
-    without_effect = WITHOUT_EFFECT - (CHOOSING_THE_BEST if args.load_best_model_at_end else set())
+    chosen = args.load_best_model_at_end or args.early_stopping_patience
+    without_effect = WITHOUT_EFFECT - (CHOOSING_THE_BEST if chosen else set())
     names = [field.name for field in fields(args) if field.init and field.name not in without_effect]
     settings = {name: _plain(getattr(args, name)) for name in names}
     settings["deepspeed"] = _plain(args.deepspeed_config)

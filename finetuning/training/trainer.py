@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import Trainer, TrainerState
+from transformers import EarlyStoppingCallback, Trainer, TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from ..arguments import RecipeArguments
@@ -31,18 +31,33 @@ class RecipeTrainer(Trainer):
     """A Trainer for `RecipeArguments`, `ConversationDataset` and batches of `DataCollatorForPhi3V`.
 
     Over the Trainer's own behaviour: every row once an epoch, checkpoints and final weights that are sealed, stops on
-    signals that lose nothing, no step that is not finite, and a finished run that is not trained again.
+    signals that lose nothing, no step that is not finite, a finished run that is not trained again, and the task's score
+    while it trains.
+
+    Args:
+        model: as `load_model` gives it.
+        args (RecipeArguments): of the run.
+        eval_dataset (ConversationDataset, optional): the rows to answer; a sample of them is, while training.
+        callbacks (Sequence): more of them.
+        score_answers (Callable, optional): what `score_while_training` gives.
+        **kwargs: the Trainer's own.
     """
 
     args: RecipeArguments
 
-    def __init__(self, model, args, callbacks=(), **kwargs):
+    def __init__(self, model, args, eval_dataset=None, callbacks=(), score_answers=None, **kwargs):
+        self._score_answers = score_answers
+        if eval_dataset is not None:
+            eval_dataset = eval_dataset.sample(args.eval_rows_during_training)
+        if args.early_stopping_patience is not None:
+            callbacks = [*callbacks, EarlyStoppingCallback(args.early_stopping_patience)]
         self._nonfinite, self._pending, self._saved_step = NonFiniteCheck(), PendingLoss(), None
         # Where the weights come from, if there was nothing left to train.
         self._trained_weights: Path | None = None
         # A signal stops the run once the checkpoint is sealed, so it comes last.
         own = [StartEpoch(), PrepareTraining(), GradientCheck(model), self._nonfinite, self._pending, SealCheckpoint()]
-        super().__init__(model=model, args=args, callbacks=[*own, *callbacks, StopOnSignal()], **kwargs)
+        callbacks = [*own, *callbacks, StopOnSignal()]
+        super().__init__(model=model, args=args, eval_dataset=eval_dataset, callbacks=callbacks, **kwargs)
         # The model smooths by itself: transformers' smoother shifts the labels of models that it knows by name only.
         self.label_smoother = None
 
@@ -69,7 +84,7 @@ class RecipeTrainer(Trainer):
         if resume_from_checkpoint is not None:
             folder = Path(resume_from_checkpoint)
             state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
-            if state.global_step >= state.max_steps:
+            if state.global_step >= state.max_steps or self._stopped_early(state):
                 # Resumed at its last step, the Trainer would train one more.
                 self.state, best = state, state.best_model_checkpoint
                 if self.args.load_best_model_at_end and best and folder != Path(self.args.output_dir):
@@ -83,6 +98,22 @@ class RecipeTrainer(Trainer):
             return nothing
         self._pending.checkpoint = resume_from_checkpoint
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def _stopped_early(self, state: TrainerState) -> bool:
+        """Whether the run had stopped early when this state was saved."""
+        callbacks: Any = state.stateful_callbacks  # by name, once they are saved
+        kept = callbacks.get(EarlyStoppingCallback.__name__, {})
+        count = kept.get("attributes", {}).get("early_stopping_patience_counter", 0)
+        return self.args.early_stopping_patience is not None and count >= self.args.early_stopping_patience
+
+    def evaluation_loop(self, dataloader, *args, metric_key_prefix="eval", **kwargs):
+        """The Trainer's, and while training the task's own score beside the loss: eval_anls, eval_accuracy, ..."""
+        output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self.is_in_train and self._score_answers is not None:
+            figures, _ = self._score_answers(self.model, self.eval_dataset, self.state.global_step)
+            named = {f"{metric_key_prefix}_{name}": value for name, value in figures.items() if "/" not in name}
+            output.metrics.update(named)
+        return output
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         inputs = {name: value for name, value in inputs.items() if name != "ids"}

@@ -30,6 +30,7 @@ def arguments(**changes) -> SimpleNamespace:
         "max_bad_rows": None,
         "eval_size": None,
         "data_dir": None,
+        "do_train": True,
         "max_length": 300,
         "seed": 0,
     }
@@ -106,18 +107,31 @@ def test_texts_are_kept_of_the_first_rows_only(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["list", "Dataset"])
-def test_eval_size_takes_the_first_rows_and_train_takes_all(kind):
+def test_eval_size_takes_a_sample_and_train_takes_all(kind):
     datasets = pytest.importorskip("datasets")
     found = rows(5) if kind == "list" else datasets.Dataset.from_list([dict(row) for row in rows(5)])
     for size, expected in ((None, 5), (0, 0), (3, 3), (9, 5)):
         built = build(found, split="eval", eval_size=size)
-        assert [row["id"] for row in built.rows] == [f"r{number}" for number in range(expected)]
+        assert len({row["id"] for row in built.rows}) == expected
         assert len(built) == len(built.lengths) == len(built.fingerprints) == expected
     assert len(build(found, split="train", eval_size=3)) == 5
 
 
 def test_rows_that_are_not_answered_are_not_checked():
-    assert len(build(rows(5, r4={"answer": None}), split="eval", eval_size=4)) == 4
+    asked = {row["id"] for row in build(rows(5), split="eval", eval_size=3).rows}
+    (other, *_) = {row["id"] for row in rows(5)} - asked
+    assert len(build(rows(5, **{other: {"answer": None}}), split="eval", eval_size=3)) == 3
+
+
+def test_a_sample_of_a_data_set_is_made_of_its_rows():
+    built = build(rows(9), split="eval")
+    sample = built.sample(4)
+    assert len(sample) == len(sample.lengths) == 4
+    places = [row["id"] for row in built.rows]
+    numbers = [places.index(row["id"]) for row in sample.rows]
+    assert numbers == sorted(set(numbers))
+    assert [sample.lengths[place] for place in range(4)] == [built.lengths[number] for number in numbers]
+    assert built.sample(9) is built
 
 
 def test_rows_of_a_data_set_that_decodes_no_images():

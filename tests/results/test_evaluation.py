@@ -23,6 +23,7 @@ from finetuning.results.predictions import Prediction, read_predictions
 from finetuning.training.checkpoint import seal
 from finetuning.training.identity import write_run
 from finetuning.training.loading import load_processor
+from finetuning.training.lora import add_lora
 
 own_process = pytest.fixture(autouse=True)(recipe.own_process)
 
@@ -110,7 +111,8 @@ def test_adapters_answer_under_autocast_as_they_are_trained(folder, tmp_path, mo
     monkeypatch.setattr("finetuning.results.answering._generate", generate)
     more = ["--output_dir", str(tmp_path / "run"), "--dataloader_num_workers", "0", "--deepspeed", "none"]
     args = recipe.arguments(folder, *more, *flags)
-    generate_answers(tiny.model(), dataset(args), args, "before")
+    model = add_lora(tiny.model(), args) if args.use_lora else tiny.model()
+    generate_answers(model, dataset(args), args, "before")
     assert {enabled for enabled, _ in seen} == {mixed}
     assert not mixed or {dtype for _, dtype in seen} == {torch.bfloat16}
 

@@ -101,7 +101,8 @@ MOMENTS = {
     "before the run is marked": lambda: before(resume, "write_run"),
     "in the first line of an answer before training": in_a_line("before", 1),
     "in a later line of an answer before training": in_a_line("before", 2),
-    "scoring before training": lambda: before(evaluation, "_score"),
+    # the first call is the check before the model loads
+    "scoring before training": lambda: before(evaluation, "_score", 2),
     "between answers and the first step": lambda: before(transformers.Trainer, "train"),
     "in the first step": lambda: before(callbacks.NonFiniteCheck, "on_pre_optimizer_step"),
     "saving, the weights written": lambda: before(transformers.Trainer, "_save_optimizer_and_scheduler"),
@@ -118,7 +119,7 @@ MOMENTS = {
     "final save, the weights written": lambda: before(transformers.Trainer, "save_state"),
     "final save, not sealed": lambda: before(trainer, "seal"),
     "in a line of an answer after training": in_a_line("after", 1),
-    "scoring after training": lambda: before(evaluation, "_score", 2),
+    "scoring after training": lambda: before(evaluation, "_score", 3),
     "in the report": lambda: before(report.jinja2.Environment, "from_string"),
     "the report not renamed": lambda: before(Path, "replace", 1, lambda path, _: path.name == "report.html.part"),
 }

@@ -78,6 +78,9 @@ class Samples(list):
         self.lengths = [(7, 90, 15, 33, 8, 60, 12, 40, 21, 9, 75, 11)[number % 12] for number in range(len(rows))]
         self.epochs, self.read = [], []
 
+    def sample(self, _):
+        return self
+
     def start_epoch(self, epoch):
         self.epochs.append(epoch)
         self.read.append(Counter())
