@@ -75,7 +75,6 @@ ADAPTER_CONSUMERS = {
     "phi3v and PEFT pinned, transformers 5.16.1": ("adapter", "transformers-5.16.1"),
     "official code and PEFT 0.12.0, transformers 4.43.4": ("official-adapter", "transformers-4.43.4"),
 }
-REFERENCES = [next(iter(CONSUMERS)), next(iter(ADAPTER_CONSUMERS))]
 
 
 def build_base(folder: Path) -> Path:
@@ -238,15 +237,8 @@ def measure(work: Path, environments: Path, code: Path | None) -> dict[str, dict
                 read = torch.load(result)
                 expected = expected or read
                 row = compare(read, expected, tokenizer)
-            shown = [
-                "python",
-                *command[1:3],
-                folder.name,
-                *command[4:4],
-                "CASES",
-                "RESULT",
-                *(["--base", "BASE"] if adapter else []),
-            ]
+            shown = ["python", *command[1:3], str(folder.relative_to(work)), "CASES", "RESULT"]
+            shown += ["--base", "base"] if adapter else []
             row["command"] = f"{environment}/bin/{shlex.join(shown)}"
             rows.setdefault(name, {})[folder_name] = row
             print(

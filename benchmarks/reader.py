@@ -65,9 +65,9 @@ def stand_in_for_torchvision() -> None:
 
 def import_official(code: str) -> tuple[Any, Any]:
     """Processor and model class of the official code in a folder, which the caller has named: nothing that a saved folder says."""
-    from transformers import CLIPVisionModel  # noqa: F401
+    # First: it loads transformers anew, and the official code gives transformers a class; it also looks for the real torchvision.
+    import transformers.processing_utils  # noqa: F401
 
-    # After transformers, which looks for the real one when it is imported.
     stand_in_for_torchvision()
     package = ModuleType("official")
     package.__path__ = [code]
@@ -93,14 +93,16 @@ def load(consumer: str, folder: str, base: str, code: str) -> tuple[Any, Any]:
     if consumer.startswith("official"):
         processor_class, model_class = import_official(code)
         check_auto_map(folder)
-        dtype = "torch_dtype"
+        # As its model card says; the official config.json would overrule the other name.
+        attention, dtype = "_attn_implementation", "torch_dtype"
     else:
         from transformers import AutoModelForCausalLM, AutoProcessor
 
         import phi3v  # noqa: F401
 
-        processor_class, model_class, dtype = AutoProcessor, AutoModelForCausalLM, "dtype"
-    options = {"attn_implementation": "eager", dtype: torch.float32}
+        processor_class, model_class = AutoProcessor, AutoModelForCausalLM
+        attention, dtype = "attn_implementation", "dtype"
+    options = {attention: "eager", dtype: torch.float32}
     processor = processor_class.from_pretrained(folder, trust_remote_code=False)
     model = model_class.from_pretrained(base, trust_remote_code=False, **options)
     if consumer.endswith("adapter"):
