@@ -35,6 +35,7 @@ test-all: $(VENV)/installed
 VERSIONS = 5.16.1 5.19.0 $(shell sed -n 's/^transformers==//p' requirements.txt)
 # What phi3v needs and no more, so that a hidden need for another library (accelerate, peft, torchvision) shows.
 PHI3V_TESTS = tests/test_package.py tests/test_configuration.py tests/test_image_processing.py tests/test_processing.py \
+	tests/test_saved_folder.py \
 	tests/test_modeling.py tests/test_model_generation.py tests/parity
 
 .venvs/transformers-%/installed: requirements.txt requirements-dev.txt

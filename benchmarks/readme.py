@@ -133,6 +133,23 @@ def levers() -> str:
     return "\n".join((*lines, ""))
 
 
+def readers() -> str:
+    """Consumers by folders: the largest deviation of the logits, or whether it works; a fault by its last line."""
+    found = load("consumers")
+    rows = {**found["consumers"], **found["others"]}
+    folders = list(dict.fromkeys(folder for row in rows.values() for folder in row))
+    lines = [f"| | {' | '.join(folders)} |", f"|---{'|---' * len(folders)}|"]
+    for consumer, row in rows.items():
+        cells = []
+        for folder in folders:
+            cell = row.get(folder, {})
+            deviation = cell.get("largest_logit_deviation")
+            works = "works" if deviation is None else "equal" if not deviation else f"{deviation:.0e}"
+            cells.append("" if not cell else works if cell["works"] else "fails")
+        lines.append(f"| {consumer} | {' | '.join(cells)} |")
+    return "\n".join((*lines, ""))
+
+
 def table(found: list[tuple[str, str, str]]) -> str:
     lines = [f"| {what} | {result} | `{command}` |" for what, result, command in found]
     return "\n".join(("| what | result | command |", "|---|---|---|", *lines, ""))
@@ -141,7 +158,7 @@ def table(found: list[tuple[str, str, str]]) -> str:
 def tables() -> dict[str, str]:
     """Each table by the line of the README under which it stands."""
     begin = "<!-- {} made by `python -m benchmarks.readme` -->\n"
-    made = {"table": table(rows()), "speed": table(speed()), "levers": levers()}
+    made = {"table": table(rows()), "speed": table(speed()), "levers": levers(), "readers": readers()}
     return {begin.format(name): text for name, text in made.items()}
 
 
