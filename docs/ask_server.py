@@ -34,7 +34,12 @@ def main() -> None:
         "max_tokens": 64,
         "add_special_tokens": True,  # the BOS that the model was trained with, which the template leaves out
     }
-    answer = requests.post(f"{args.url}/v1/chat/completions", json=request, timeout=600)
+    try:
+        answer = requests.post(f"{args.url}/v1/chat/completions", json=request, timeout=600)
+    except requests.ConnectionError:
+        raise SystemExit(
+            f"error: {args.url}: no server answers there; start it, or give its address by --url"
+        ) from None
     if not answer.ok:
         raise SystemExit(f"error: {args.url} answers {answer.status_code}: {answer.text}")
     print(answer.json()["choices"][0]["message"]["content"])
