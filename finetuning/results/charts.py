@@ -24,7 +24,8 @@ class Line:
         name (str): for the legend.
         points (list): (x, y), or (x, y, low, high) with the interval of y.
         colour (int): 0 to 5, of the page's palette.
-        style (str): "" for a plain line, or of "faint", "dashed" and "dots" those that hold, with spaces between.
+        style (str): "" for a plain line, or of "faint", "dashed", "dots" and "alone" (dots without a line)
+            those that hold, with spaces between.
     """
 
     name: str
@@ -91,7 +92,7 @@ def line_chart(title: str, lines: list[Line], bounds: tuple[float, float] | None
     for line in lines:
         places = [(x_axis.place(point[0]), y_axis.place(point[1])) for point in line.points]
         classes = f"line c{line.colour} {line.style}"
-        if "dots" not in line.style.split() or len(places) > 1:
+        if "alone" not in line.style.split() and len(places) > 1:
             path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
             parts.append(Markup('<path class="{}" d="{}"/>').format(classes, path))
         for (x, y), point in zip(places, line.points, strict=True):
@@ -159,7 +160,7 @@ def short(value: float) -> str:
     """A number as an axis shows it."""
     if value and (abs(value) < 1e-3 or abs(value) >= 1e5):
         return f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e").replace(".0e", "e")
-    return f"{value:.4f}".rstrip("0").rstrip(".").replace("-0", "0" if not value else "-0")
+    return f"{value:.4g}"
 
 
 def matrix_chart(title: str, classes: list[str], counts: list[list[int]]) -> Markup:

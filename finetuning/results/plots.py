@@ -2,9 +2,7 @@
 
 from matplotlib.figure import Figure
 
-from .metrics import exact_match
-
-OTHER = "other"
+from .classes import OTHER
 
 
 def plot_curves(log_history: list[dict[str, float]]) -> Figure | None:
@@ -22,31 +20,6 @@ def plot_curves(log_history: list[dict[str, float]]) -> Figure | None:
         axis.set(title=title, xlabel="optimizer step")
         axis.grid(alpha=0.3)
     return figure
-
-
-def count_answers(classes: list[str], references: list[list[str]], answers: list[str]) -> list[list[int]]:
-    """How often each class is answered for each class.
-
-    Args:
-        classes (list[str]): the closed classes.
-        references (list[list[str]]): acceptable answers to each question.
-        answers (list[str]): the answer to each question.
-
-    Returns:
-        list[list[int]]: a row for each expected class, a column for each answered one and a last one for anything else.
-    """
-    counts = [[0] * (len(classes) + 1) for _ in classes]
-    for expected, answer in zip(references, answers, strict=True):
-        row = find_class(classes, expected)
-        if row is not None:
-            column = find_class(classes, [answer])
-            counts[row][len(classes) if column is None else column] += 1
-    return counts
-
-
-def find_class(classes: list[str], texts: list[str]) -> int | None:
-    """Number of the class that one of the texts names as the scores compare: "Yes" is "Yes."."""
-    return next((number for number, name in enumerate(classes) if exact_match(name, texts)), None)
 
 
 def plot_confusion(classes: list[str], counts: list[list[int]]) -> Figure:

@@ -9,9 +9,9 @@ from typing import Any
 
 from ..data.conversation import Conversation
 from ..data.dataset import ConversationDataset
-from .plots import find_class
+from .metrics import find_class
 from .predictions import Prediction
-from .uncertainty import Score, paired_difference, score_rows
+from .uncertainty import Interval, Score, paired_difference, score_rows
 
 UNREADABLE, LEFT_OUT = -1, -2  # in place of a picture's number
 
@@ -135,17 +135,23 @@ def sums_of(rows: list[Row], stage: str) -> list[list[Any]]:
     return found
 
 
-def difference_between(first: list[list[Any]], second: list[list[Any]]):
-    """Paired difference of two lists of `sums_of` over the rows that both hold: (difference, interval, rows), or None."""
-    # By id; rows that share one by their order.
-    known, pairs = _by_id(first), []
-    for key, entry in _by_id(second).items():
-        if key in known and known[key][3] == entry[3]:
-            pairs.append((known[key][2], entry[2], entry[3]))
-    if not pairs:
+def common_sums(lists: list[list[list[Any]]]) -> list[list[list[Any]]]:
+    """Lists of `sums_of`, each with only the rows, in the same order, that all of them hold."""
+    found = [_by_id(entries) for entries in lists]
+    keys = [
+        key for key, entry in found[0].items() if all(key in other and other[key][3] == entry[3] for other in found)
+    ]
+    return [[entries[key] for key in keys] for entries in found]
+
+
+def difference_between(first: list[list[Any]], second: list[list[Any]]) -> tuple[float, Interval | None] | None:
+    """Mean score of `second` less that of `first`, lists of `sums_of`, over the rows that both hold, with its interval."""
+    before, after = common_sums([first, second])
+    if not before:
         return None
-    before, after, counts = zip(*pairs, strict=True)
-    return (*paired_difference(before, after, counts), len(pairs))
+    return paired_difference(
+        [entry[2] for entry in before], [entry[2] for entry in after], [entry[3] for entry in before]
+    )
 
 
 def _by_id(entries: list[list[Any]]) -> dict[tuple[str, int], list[Any]]:
@@ -155,19 +161,6 @@ def _by_id(entries: list[list[Any]]) -> dict[tuple[str, int], list[Any]]:
         found[entry[1], seen[entry[1]]] = entry
         seen[entry[1]] += 1
     return found
-
-
-def closed_classes(rows: list[Row], figures: dict[str, float]) -> list[str]:
-    """The classes of a task that says that they are closed; else none.
-
-    It says so by the same `Turn.choices` in every turn, or by figures of its classes (`accuracy/Archery`) for all references.
-    """
-    turns = [turn.question for row in rows for turn in row.turns]
-    choices = {tuple(question.choices) for question in turns}
-    named = list(dict.fromkeys(name.partition("/")[2] for name in figures if "/" in name))
-    classes = list(choices.pop()) if len(choices) == 1 and () not in choices else named
-    whole = len(classes) > 1 and all(find_class(classes, question.references) is not None for question in turns)
-    return classes if whole else []
 
 
 def plain_row(row: Row, stages: list[str], classes: list[str], pictures: list[int]) -> dict[str, Any]:
