@@ -18,7 +18,7 @@ from typing import Any
 from .data.shown import printable
 from .errors import InputError
 from .results.charts import COLOURS, Chart, Line, line_chart, smooth
-from .results.curves import bounds_of
+from .results.curves import Points, bounds_of
 from .results.overview import show, show_difference, show_interval
 from .results.page import read_data, write_page
 from .results.rows import common_sums, difference_between
@@ -201,7 +201,7 @@ def _charts(runs: list[dict[str, Any]]) -> list[tuple[str, Chart, str]]:
     losses, scores = [], []
     for number, data in enumerate(runs):
         run = data["run"]
-        raw = [(entry["step"], entry["loss"]) for entry in run["history"]]
+        raw: Points = [(entry["step"], entry["loss"]) for entry in run["history"]]
         smoothed = smooth(raw)
         if raw:
             losses += [Line("", raw, number, "faint")] if smoothed else []

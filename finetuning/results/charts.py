@@ -8,7 +8,7 @@ from typing import Any
 from markupsafe import Markup
 from matplotlib.ticker import MaxNLocator
 
-WIDTH, HEIGHT = 560, 250
+WIDTH, HEIGHT = 560, 226
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 14, 38
 MOST_POINTS = 500  # of a line: more than a screen has columns to tell apart
 POINTS_TO_SMOOTH = 8
@@ -80,11 +80,11 @@ def line_chart(title: str, lines: list[Line], bounds: tuple[float, float] | None
         title (str): said to those who cannot see it.
         lines (list[Line]): at least one with a point.
         bounds (tuple, optional): lowest and highest value; else those of the points.
-        unit (str): of the x axis.
+        unit (str): of the x axis; steps begin at 0.
     """
     lines = [Line(line.name, thin(finite(line.points)), line.colour, line.style) for line in lines]
     lines = [line for line in lines if line.points]
-    xs = [point[0] for line in lines for point in line.points]
+    xs = [point[0] for line in lines for point in line.points] + [0]
     ys = [value for line in lines for point in line.points for value in point[1:]]
     x_axis = _Axis(xs, LEFT, WIDTH - RIGHT, whole=unit == "step")
     y_axis = _Axis(list(bounds) if bounds else ys, HEIGHT - BOTTOM, TOP)

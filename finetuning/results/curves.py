@@ -5,7 +5,7 @@ from typing import Any
 
 from sklearn.metrics import roc_curve
 
-from .charts import Chart, Line, finite, line_chart, roc_chart, smooth
+from .charts import Chart, Line, line_chart, roc_chart, smooth
 from .metrics import exact_match
 from .overview import show_name
 from .predictions import Prediction
@@ -45,10 +45,16 @@ def run_charts(
     curves = {stage: curve for stage in stages if (curve := roc_of(answered[stage]))}
     if curves:
         charts.append(("ROC curve", roc_chart(curves), f"probability of “{_positive(answered[stages[-1]])}”"))
+    return charts
+
+
+def more_charts(logs: list[dict[str, float]]) -> list[tuple[str, Chart, str]]:
+    """Gradient norm and learning rate, as `run_charts` gives its own."""
+    charts = []
     for key, heading in (("grad_norm", "Gradient norm"), ("learning_rate", "Learning rate")):
-        points = finite([(entry["step"], entry[key]) for entry in logs if key in entry])
+        points: Points = [(entry["step"], entry[key]) for entry in logs if key in entry]
         if len(points) > 1:
-            charts.append((heading, line_chart(f"{heading} by optimizer step", [Line("", points, 5)]), ""))
+            charts.append((heading, line_chart(f"{heading} by optimizer step", [Line("", points, 0)]), ""))
     return charts
 
 
@@ -89,12 +95,13 @@ def _score_chart(logs, stages: list[str], found: dict[str, Any]) -> tuple[str, C
     note = "whiskers: 95% intervals"
     if during and len(counts) > 1:
         note += f"; while it trained {counts[0]:,} answers, before and after {counts[-1]:,}"
-    lines = [Line("while it trained", during, 1, "dots")] if during else []
-    if ends:
-        style = "dots alone" if during else "dashed dots"
-        lines.append(Line(" and ".join(stage for stage in ("before", "after") if stage in stages), ends, 0, style))
-    if not lines:
+    if not during and not ends:
         return None
+    lines = [Line("", sorted(during + ends), 5, "faint dashed")] if len(during + ends) > 1 else []
+    lines += [Line("while it trained", during, 1, "dots alone")] if during else []
+    if ends:
+        names = " and ".join(stage for stage in ("before", "after") if stage in stages)
+        lines.append(Line(names, ends, 0, "dots alone"))
     return show_name(name), line_chart(f"{name} by optimizer step", lines, bounds_of(lines)), note
 
 

@@ -19,7 +19,7 @@ from ..errors import Stopped
 from ..training.checkpoint import find_checkpoints
 from ..training.identity import read_run, write_run
 from .classes import class_tables, closed_classes, count_answers
-from .curves import finite_logs, run_charts, score_points
+from .curves import finite_logs, more_charts, run_charts, score_points
 from .overview import describe_run, describe_score, list_facts, show, show_interval, summarise
 from .page import write_page
 from .plots import plot_confusion, plot_curves
@@ -192,15 +192,13 @@ def write_report(
         "total": len(rows),
         "left_out": _left_out(len(rows), len(shown)),
     }
-    charts = run_charts(logs, stages, found, answered)
-    for number, (_, chart, _) in enumerate(charts):
-        chart.data["id"] = number
+    charts, more = run_charts(logs, stages, found, answered), more_charts(logs)
     attempts = run.get("attempts", [])
     summary = summarise(attempts, logs)
     _, during, ends = score_points(logs, stages, found)
     stats = {stage: _plain_figures(found[stage]) for stage in stages}
     data |= {
-        "charts": [chart.data for _, chart, _ in charts],
+        "charts": [chart.data for _, chart, _ in charts + more],
         # For `finetuning.compare`.
         "run": {
             "name": folder.resolve().name,
@@ -222,11 +220,12 @@ def write_report(
         score=describe_score(stages, found, rows),
         facts=list_facts(summary, rows, found, stages),
         charts=charts,
+        more=more,
         figures=list(dict.fromkeys(name for stage in stages for name in stats[stage]["figures"])),
         stages=[
             {
                 "name": stage,
-                "values": {name: show(value) for name, value in stats[stage]["figures"].items()},
+                "values_of": {name: show(value) for name, value in stats[stage]["figures"].items()},
                 "intervals": {name: show_interval(value) for name, value in stats[stage]["intervals"].items()},
                 "count": f"{len(answered[stage]):,}",
             }

@@ -13,7 +13,7 @@ from PIL import ImageOps
 from ..data.images import open_image
 
 LARGEST, SMALLEST = 896, 96  # pixels
-MOST_BYTES = 40_000  # of one picture, however few there are
+MOST_BYTES = 30_000  # of one picture, however few there are
 BYTES_PER_PIXEL = 0.09  # of a page of text as WebP, so that the first try is near
 QUALITY = 70
 THREADS = 4
@@ -58,7 +58,7 @@ def thumbnail(source: Any, most_bytes: int) -> str:
             image.save(buffer, "WEBP", quality=QUALITY, method=2)
             if buffer.tell() <= most_bytes or side <= SMALLEST:
                 return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
-            side = max(SMALLEST, side * 4 // 5)
+            side = max(SMALLEST, int(0.95 * side * (most_bytes / buffer.tell()) ** 0.5))
     except Exception:  # decoders raise a dozen kinds; a page without one picture is better than none
         return ""
 
