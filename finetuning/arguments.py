@@ -526,13 +526,12 @@ def _first_line(error: Exception) -> str:
 
 def _changed(namespace: argparse.Namespace) -> dict[str, Any]:
     """Name of a flag -> its value, of those that differ from the recipes' defaults; the names are the published ones."""
-    found = {}
+    kinds: Any = RecipeArguments
+    defaults, found = _Parser(kinds, allow_abbrev=False).parse_args([]), {}
     for field in fields(RecipeArguments):
-        default = field.default_factory() if callable(field.default_factory) else field.default
-        value = getattr(namespace, field.name, default)
-        if field.init and field.name != "hub_token" and value != default:
+        if field.init and getattr(namespace, field.name) != getattr(defaults, field.name):
             names = [*field.metadata.get("aliases", []), field.name]
-            found[names[0].lstrip("-")] = value
+            found[names[0].lstrip("-")] = getattr(namespace, field.name)
     return found
 
 

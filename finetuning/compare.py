@@ -207,7 +207,7 @@ def _charts(runs: list[dict[str, Any]]) -> list[tuple[str, Chart, str]]:
             losses += [Line("", raw, number, "faint")] if smoothed else []
             losses.append(Line(run["name"], [*(smoothed or raw)], number))
         if run["score_by_step"]:
-            scores.append(Line(run["name"], [tuple(point) for point in run["score_by_step"]], number, "dots"))
+            scores.append(Line(run["name"], [tuple(point) for point in run["score_by_step"]], number, "dashed dots"))
     charts = []
     if losses:
         charts.append(("Loss", line_chart("loss by optimizer step", losses), "smoothed; pale: each log"))

@@ -58,7 +58,7 @@ def class_tables(classes: list[str], counts: list[list[int]], answered, stages: 
         values = [
             table[number][number] / sum(table[number]) if sum(table[number]) else None for table in by_stage.values()
         ]
-        rows.append({"name": name, "count": f"{sum(counts[number]):,}", "values": [show(value) for value in values]})
+        rows.append({"name": name, "count": f"{sum(counts[number]):,}", "figures": [show(value) for value in values]})
     order = sorted(range(len(classes)), key=lambda number: counts[number][number] / (sum(counts[number]) or 1))
     columns = [*classes, OTHER]
     confused = [

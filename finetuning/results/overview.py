@@ -1,5 +1,6 @@
 """The first screen of a report in words: the score, how the run went, what it was made with."""
 
+import shlex
 from typing import Any
 
 from .rows import Row, difference_between, sums_of
@@ -25,7 +26,7 @@ def show_interval(interval: Interval | None) -> str:
 
 def show_difference(difference: float, interval: Interval | None) -> str:
     low, high = interval or (difference, difference)
-    spread = "" if low == high else f" ({low:+.3f} – {high:+.3f})".replace("-", "−")
+    spread = "" if low == high else f" ({low:+.3f} to {high:+.3f})".replace("-", "−")
     return f"{difference:+.3f}".replace("-", "−") + spread
 
 
@@ -115,16 +116,27 @@ def list_facts(
     return [(name, value) for name, value in facts if value]
 
 
+def _by_flag(command: str) -> list[str]:
+    """A command in the pieces between which a line may end: each flag with its values."""
+    pieces: list[list[str]] = []
+    for word in shlex.split(command):
+        if pieces and not (word.startswith("--") and any(part.endswith(".py") for piece in pieces for part in piece)):
+            pieces[-1].append(word)
+        else:
+            pieces.append([word])
+    return [shlex.join(piece) for piece in pieces]
+
+
 def describe_run(run: dict[str, Any], attempts: list[dict[str, Any]]) -> dict[str, Any]:
     attempt = attempts[-1] if attempts else {}
     state = attempt.get("state", "unfinished" if attempt else "finished")
-    step = f"at step {attempt['step']}: " if attempt.get("step") else ""
+    step = f"At step {attempt['step']}: " if attempt.get("step") else ""
     made_with = [("commit", attempt.get("commit", "")), *attempt.get("versions", {}).items()]
     return {
         "started": run.get("started", "").replace("T", " ")[:16],
         "state": state,
-        "ending": f"{state} {step}{attempt.get('ending') or 'no end of this run was recorded'}",
-        "command": attempt.get("command", ""),
+        "ending": step + (attempt.get("ending") or "no end of this run was recorded"),
+        "command": _by_flag(attempt.get("command", "")),
         "made_with": [(name, value) for name, value in made_with if value],
         "changed": list(attempt.get("changed", {}).items()),
         "summary": run.get("summary", ""),
