@@ -17,8 +17,8 @@ from typing import Any
 
 from .data.shown import printable
 from .errors import InputError
-from .results.charts import COLOURS, Chart, Line, line_chart, smooth
-from .results.curves import Points, bounds_of
+from .results.charts import COLOURS, Chart, Line, line_chart
+from .results.curves import bounds_of
 from .results.overview import show, show_difference, show_interval
 from .results.page import read_data, write_page
 from .results.rows import common_sums, difference_between
@@ -201,11 +201,10 @@ def _charts(runs: list[dict[str, Any]]) -> list[tuple[str, Chart, str]]:
     losses, scores = [], []
     for number, data in enumerate(runs):
         run = data["run"]
-        raw: Points = [(entry["step"], entry["loss"]) for entry in run["history"]]
-        smoothed = smooth(raw)
+        raw, smoothed = ([tuple(point) for point in points] for points in run["losses"])
         if raw:
             losses += [Line("", raw, number, "faint")] if smoothed else []
-            losses.append(Line(run["name"], [*(smoothed or raw)], number))
+            losses.append(Line(run["name"], smoothed or raw, number))
         if run["score_by_step"]:
             scores.append(Line(run["name"], [tuple(point) for point in run["score_by_step"]], number, "dashed dots"))
     charts = []

@@ -19,7 +19,7 @@ LOGS = [
 ] + [{"train_runtime": 1.0, "train_samples_per_second": 8.0, "step": 4}]
 ATTEMPT = {
     "started": "2026-01-01T12:00",
-    "command": "torchrun --nproc_per_node=2 finetune_hf_trainer_docvqa.py --use_lora",
+    "command": ["torchrun", "--nproc_per_node=2", "finetune_hf_trainer_docvqa.py", "--use_lora"],
     "commit": "0123456789abcdef",
     "versions": {"python": "3.11.7", "torch": "2.13.0"},
     "device": "a processor, 2 cores",
@@ -67,14 +67,17 @@ def score(predictions) -> dict[str, float]:
 
 
 def leave(
-    folder: Path, rows: list[dict], answers: dict[str, Callable], logs=LOGS, attempt=None, summary: str = "table"
+    folder: Path, rows: list[dict], answers: dict[str, Callable | str], logs=LOGS, attempt=None, summary: str = "table"
 ):
-    """Writes what a run leaves: stage -> the answer to a turn (None for one that was not asked), and choices beside it."""
+    """Writes what a run leaves: stage -> the answer to a turn, maybe with its choices.
+
+    One answer to all turns, or a function of a turn: None for one that was not asked.
+    """
     lines = []
     for stage, answer in answers.items():
         for row in rows:
             for number, turn in enumerate(row.get("turns", [row])):
-                given = answer(turn)
+                given = answer(turn) if callable(answer) else answer
                 text, choices = given if isinstance(given, tuple) else (given, {})
                 if text is not None:
                     known = {"stage": stage, "model": "x", "id": row["id"], "turn": number, "asked": "x"}

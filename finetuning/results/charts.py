@@ -48,13 +48,13 @@ def finite(points: Sequence[tuple[float, ...]]) -> list[tuple[float, ...]]:
     return [point for point in points if all(math.isfinite(value) for value in point)]
 
 
-def smooth(points: Sequence[tuple[float, ...]]) -> list[tuple[float, float]]:
+def smooth(points: Sequence[tuple[float, ...]]) -> list[tuple[float, ...]]:
     """Exponential moving average of a line, without a pull towards its start; empty for a line of a few points."""
     if len(points) < POINTS_TO_SMOOTH:
         return []
     keep = 1 - 2 / (max(2, len(points) / SMOOTHED_OVER) + 1)
     total = weight = 0.0
-    found = []
+    found: list[tuple[float, ...]] = []
     for x, y, *_ in points:
         total, weight = keep * total + (1 - keep) * y, keep * weight + (1 - keep)
         found.append((x, total / weight))

@@ -52,17 +52,21 @@ def more_charts(logs: list[dict[str, float]]) -> list[tuple[str, Chart, str]]:
     """Gradient norm and learning rate, as `run_charts` gives its own."""
     charts = []
     for key, heading in (("grad_norm", "Gradient norm"), ("learning_rate", "Learning rate")):
-        points: Points = [(entry["step"], entry[key]) for entry in logs if key in entry]
+        points = points_of(logs, key)
         if len(points) > 1:
             charts.append((heading, line_chart(f"{heading} by optimizer step", [Line("", points, 0)]), ""))
     return charts
 
 
+def points_of(logs: list[dict[str, float]], key: str) -> Points:
+    """(step, value) of a figure that was logged."""
+    return [(entry["step"], entry[key]) for entry in logs if key in entry and "step" in entry]
+
+
 def loss_lines(logs: list[dict[str, float]]) -> list[Line]:
     """The lines of the loss chart: as logged, smoothed, and of the evaluations."""
-    raw: Points = [(entry["step"], entry["loss"]) for entry in logs if "loss" in entry]
-    evaluated: Points = [(entry["step"], entry["eval_loss"]) for entry in logs if "eval_loss" in entry]
-    smoothed: Points = [*smooth(raw)]
+    raw, evaluated = points_of(logs, "loss"), points_of(logs, "eval_loss")
+    smoothed = smooth(raw)
     lines = [Line("training, each log" if smoothed else "training", raw, 0, "faint" if smoothed else "")]
     lines += [Line("training, smoothed", smoothed, 0), Line("evaluation", evaluated, 1, "dots")]
     return [line for line in lines if line.points]
@@ -75,9 +79,7 @@ def score_points(logs: list[dict[str, float]], stages: list[str], found: dict[st
         return "", [], []
     name = next(iter(found[scored[-1]]["figures"]))
     last_step = max((entry["step"] for entry in logs if "step" in entry), default=1)
-    during: dict[float, tuple[float, ...]] = {
-        entry["step"]: (entry["step"], entry[f"eval_{name}"]) for entry in logs if f"eval_{name}" in entry
-    }
+    during: dict[float, tuple[float, ...]] = {point[0]: point for point in points_of(logs, f"eval_{name}")}
     ends: Points = []
     for stage in scored:
         value, interval = found[stage]["figures"].get(name), found[stage]["intervals"].get(name)

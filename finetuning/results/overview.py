@@ -116,10 +116,10 @@ def list_facts(
     return [(name, value) for name, value in facts if value]
 
 
-def _by_flag(command: str) -> list[str]:
+def _by_flag(command: list[str]) -> list[str]:
     """A command in the pieces between which a line may end: each flag with its values."""
     pieces: list[list[str]] = []
-    for word in shlex.split(command):
+    for word in command:
         if pieces and not (word.startswith("--") and any(part.endswith(".py") for piece in pieces for part in piece)):
             pieces[-1].append(word)
         else:
@@ -136,7 +136,7 @@ def describe_run(run: dict[str, Any], attempts: list[dict[str, Any]]) -> dict[st
         "started": run.get("started", "").replace("T", " ")[:16],
         "state": state,
         "ending": step + (attempt.get("ending") or "no end of this run was recorded"),
-        "command": _by_flag(attempt.get("command", "")),
+        "command": _by_flag(attempt.get("command", [])),
         "made_with": [(name, value) for name, value in made_with if value],
         "changed": list(attempt.get("changed", {}).items()),
         "summary": run.get("summary", ""),

@@ -2,7 +2,6 @@
 
 import os
 import platform
-import shlex
 import shutil
 import subprocess
 import sys
@@ -49,8 +48,8 @@ def versions(libraries: Iterable[str] = LIBRARIES) -> dict[str, str]:
     return found
 
 
-def command() -> str:
-    """The command that does this run again, as a person types it; secrets are left out."""
+def command() -> list[str]:
+    """The words of the command that does this run again; secrets are left out."""
     script, words = os.path.relpath(sys.argv[0]), []
     given = iter(sys.argv[1:])
     for word in given:
@@ -62,4 +61,4 @@ def command() -> str:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         local, world = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
         launcher = ["torchrun", f"--nproc_per_node={local}", *([f"--nnodes={world // local}"] if world > local else [])]
-    return shlex.join([*launcher, script, *words])
+    return [*launcher, script, *words]

@@ -18,8 +18,9 @@ from ..data.shown import printable
 from ..errors import Stopped
 from ..training.checkpoint import find_checkpoints
 from ..training.identity import read_run, write_run
+from .charts import smooth, thin
 from .classes import class_tables, closed_classes, count_answers
-from .curves import finite_logs, more_charts, run_charts, score_points
+from .curves import finite_logs, more_charts, points_of, run_charts, score_points
 from .overview import describe_run, describe_score, list_facts, show, show_interval, summarise
 from .page import write_page
 from .plots import plot_confusion, plot_curves
@@ -195,6 +196,7 @@ def write_report(
     charts, more = run_charts(logs, stages, found, answered), more_charts(logs)
     attempts = run.get("attempts", [])
     summary = summarise(attempts, logs)
+    loss = points_of(logs, "loss")
     _, during, ends = score_points(logs, stages, found)
     stats = {stage: _plain_figures(found[stage]) for stage in stages}
     data |= {
@@ -205,7 +207,7 @@ def write_report(
             "scored_by": scored_by,
             "stages": stats,
             "sums": sums_of(rows, last),
-            "history": [{"step": entry["step"], "loss": entry["loss"]} for entry in logs if "loss" in entry],
+            "losses": [thin(loss), thin(smooth(loss))],
             "score_by_step": sorted(during + ends),
             "attempt": attempts[-1] if attempts else {},
             **{name: summary[name] for name in ("duration", "speed", "memory", "strategy")},
