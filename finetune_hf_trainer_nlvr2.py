@@ -11,7 +11,7 @@ Metrics: accuracy over all questions, 0 to 1, and accuracy_first_question over t
 is what the published 89.40 counts.
 
 Written into --output_dir: weights or adapter and the processor, eval_before.json, eval_after.json, predictions.jsonl,
-curves.png, confusion.png, report.html, checkpoint-N/. `--help` lists all flags.
+curves.png, report.html, checkpoint-N/. `--help` lists all flags.
 """
 
 from pydantic import Field

@@ -50,7 +50,7 @@ def read_runs(paths: list[Path]) -> list[dict[str, Any]]:
     """
     runs = []
     for path in paths:
-        page = path / REPORT if path.is_dir() else path
+        page = path if path.is_file() else path / REPORT
         data = read_data(page)
         if data is None or "run" not in data:
             raise InputError(
@@ -60,8 +60,8 @@ def read_runs(paths: list[Path]) -> list[dict[str, Any]]:
         if not data["run"]["sums"]:
             raise InputError(f"{printable(str(page))}: expected a run with answers, found none")
         runs.append(data)
+    names = [data["run"]["name"] for data in runs]
     for data, path in zip(runs, paths, strict=True):
-        names = [other["run"]["name"] for other in runs]
         if names.count(data["run"]["name"]) > 1:
             data["run"]["name"] = os.path.normpath(path)
     first = runs[0]["run"]["scored_by"]
