@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import transformers  # noqa: E402
 
-from finetuning.results import answering, evaluation  # noqa: E402
+from finetuning.results import answering, evaluation, page  # noqa: E402
 from finetuning.training import callbacks, checkpoint, resume, trainer  # noqa: E402
 
 
