@@ -7,7 +7,6 @@ import recipe
 
 from finetuning.results.provenance import command, versions
 
-
 own_process = pytest.fixture(autouse=True)(recipe.own_process)
 
 
