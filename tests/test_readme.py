@@ -20,7 +20,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 # Flags of pip, of torchrun and of the other programs that the README calls.
 OTHER = {
     "--nproc_per_node", "--nnodes", "--master_addr", "--master_port", "--node_rank", "--no-build-isolation", "--no-deps", "--task",
-    "--out_dir", "--archive", "--video_dir", "--num_frames", "--convert", "--help",
+    "--out", "--out_dir", "--archive", "--video_dir", "--num_frames", "--convert", "--help",
     "--shutdown-timeout", "--max_restarts", "--parity-results", "--hypothesis-profile", "--ratios",
 }  # fmt: skip
 
