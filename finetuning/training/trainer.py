@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import Trainer, TrainerState
+from transformers import PrinterCallback, Trainer, TrainerState
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_utils import TrainOutput
 
 from ..arguments import RecipeArguments
@@ -24,6 +25,8 @@ from .callbacks import (
 )
 from .checkpoint import final_files, seal
 from .identity import read_run
+from .progress import Progress
+from .trackers import write_beside_the_run
 from .weights import load_weights
 
 
@@ -31,18 +34,22 @@ class RecipeTrainer(Trainer):
     """A Trainer for `RecipeArguments`, `ConversationDataset` and batches of `DataCollatorForPhi3V`.
 
     Over the Trainer's own behaviour: every row once an epoch, checkpoints and final weights that are sealed, stops on
-    signals that lose nothing, no step that is not finite, and a finished run that is not trained again.
+    signals that lose nothing, no step that is not finite, a finished run that is not trained again, and one line a log step.
     """
 
     args: RecipeArguments
 
     def __init__(self, model, args, callbacks=(), **kwargs):
         self._nonfinite, self._pending, self._saved_step = NonFiniteCheck(), PendingLoss(), None
+        self._progress = Progress()
         # Where the weights come from, if there was nothing left to train.
         self._trained_weights: Path | None = None
         # A signal stops the run once the checkpoint is sealed, so it comes last.
         own = [StartEpoch(), PrepareTraining(), GradientCheck(model), self._nonfinite, self._pending, SealCheckpoint()]
-        super().__init__(model=model, args=args, callbacks=[*own, *callbacks, StopOnSignal()], **kwargs)
+        super().__init__(model=model, args=args, callbacks=[*own, *callbacks, self._progress, StopOnSignal()], **kwargs)
+        for printed in (PrinterCallback, DEFAULT_PROGRESS_CALLBACK):
+            self.remove_callback(printed)
+        write_beside_the_run(self.callback_handler.callbacks, args)
         # The model smooths by itself: transformers' smoother shifts the labels of models that it knows by name only.
         self.label_smoother = None
 
@@ -82,7 +89,10 @@ class RecipeTrainer(Trainer):
         if not self.args.do_train:
             return nothing
         self._pending.checkpoint = resume_from_checkpoint
-        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        try:
+            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        finally:
+            self._progress.close()
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         inputs = {name: value for name, value in inputs.items() if name != "ids"}
@@ -93,6 +103,7 @@ class RecipeTrainer(Trainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._nonfinite.note(inputs["ids"], loss)
+        self._progress.count(inputs)
         loss = loss.nan_to_num(0, 0, 0)
         self._pending.add(loss)
         return loss
@@ -100,6 +111,7 @@ class RecipeTrainer(Trainer):
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "loss" in logs:
             logs["loss"] = self._pending.pop_mean(self.state)
+            logs |= self._progress.pop_figures(self.args, self.state)
         super().log(logs, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
