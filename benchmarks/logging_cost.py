@@ -2,7 +2,7 @@
 
     python -m benchmarks.logging_cost
 
-One process; the medium model, full fine-tuning, samples of one photo (benchmarks/models.py); runs of few steps with and without
+One process; the medium model, full fine-tuning, samples of one photo at 4 crops (benchmarks/models.py); runs of few steps with and without
 logging in turns, the first step of each left out. Two figures, each a share of a step:
 
 - share_of_step: the seconds within the calls that count and log (on a CPU they wait for all that they start), over the median
@@ -93,7 +93,11 @@ def train(folder: Path, logged: bool, steps: int) -> tuple[list[float], list[flo
         "--dataloader_num_workers",
         "0",
     ]
-    flags += ["--logging_steps", "1", "--report_to", *TRACKERS] if logged else ["--logging_strategy", "no"]
+    flags += (
+        ["--logging_steps", "1", "--report_to", *TRACKERS]
+        if logged
+        else ["--logging_strategy", "no", "--logging_first_step", "False"]
+    )
     args = recipe_arguments(folder, "full", *flags)
     processor = load_processor(args)
     rows, clock = [{"id": str(number)} for number in range(steps + 2)], Steps()
