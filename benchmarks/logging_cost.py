@@ -2,7 +2,8 @@
 
     python -m benchmarks.logging_cost
 
-One process; the medium model, full fine-tuning, samples of one photo at 4 crops (benchmarks/models.py); runs of few steps with and without
+One process; the medium model, full fine-tuning, samples of one photo in a single
+crop beside its global view (a short step, in which logging weighs more); runs of few steps with and without
 logging in turns, the first step of each left out. Two figures, each a share of a step:
 
 - share_of_step: the seconds within the calls that count and log (on a CPU they wait for all that they start), over the median
@@ -84,6 +85,7 @@ class Silent(RecipeTrainer):
 def train(folder: Path, logged: bool, steps: int) -> tuple[list[float], list[float]]:
     """Seconds of each step but the first, and those of them that logging took."""
     flags = [
+        *("--num_crops", "1"),
         "--max_steps",
         str(steps + 2),
         "--batch_size",

@@ -274,12 +274,16 @@ def test_wandb_and_tensorboard_at_once(folder, monkeypatch, tmp_path):
     summary, config = dict(wandb.run.summary), dict(wandb.run.config)
     files = Path(wandb.run.dir)
     wandb.finish()
+    wandb.teardown()  # the record is written by then
     assert {"train/loss", "train/tokens_per_second", "eval/loss", "eval/answers"} <= summary.keys()
     assert summary["eval/answers"]["_type"] == "table-file"
     table = json.loads((files / summary["eval/answers"]["path"]).read_text())
     assert [row[0] for row in table["data"]] == ["r0", "r3", "r6", "r9"]
     assert table["columns"] == ["id", "picture", "question", "expected", "answer"]
-    assert all((files / row[1]["path"]).exists() for row in table["data"])
+    assert [row[1] for row in table["data"]] == ["Image"] * 4
+    # The files themselves go with the table's artifact, which the run's record lists.
+    (record,) = files.parent.glob("*.wandb")
+    assert record.read_bytes().count(b"media/images/") >= 4
     assert config["num_crops"] == 2
     found = events()
     assert "train/loss" in found.Tags()["scalars"]
