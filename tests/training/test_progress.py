@@ -157,7 +157,9 @@ def test_figures_are_of_the_steps_since_the_last_log(run):
     assert found.pop("peak_memory_gb") > 0.05
     assert found == pytest.approx(expected, rel=1e-4)
     run.step(1)
-    assert run.figures()["seconds_per_step"] == 1
+    found = run.figures()
+    assert (found["seconds_per_step"], found["img_per_second"]) == (1, 1)
+    assert found["tokens_per_second"] == pytest.approx(sample["tokens"], rel=1e-4)
 
 
 def test_evaluations_and_checkpoints_are_no_time_of_a_step(run):
