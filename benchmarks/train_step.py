@@ -15,11 +15,7 @@ the peak of torch's allocations within a step, above what was allocated before i
 allocator's own count, on a CPU in one more step under torch's profiler. memory_peak is that peak with what was there before; on
 a CPU the most resident memory that the process has had. One process measures one case.
 
-Model FLOPs are those that the training needs, whoever computes more (recomputation, padding, unused layers, other logits):
-2 a multiply-add. A linear layer takes 2 x tokens x in x out, a causal attention 2 x tokens^2 x width, CLIP's 4 x tokens^2 x
-width; counted are real crops, the CLIP layers that are used, and lm_head at the labels. The backward pass takes as much
-again for the gradient of the input and as much for that of a trained weight; nothing for a frozen vision part. A LoRA pair
-of rank r adds 2 x tokens x r x (in + out), three times. MFU is model FLOPs a second over the rate of a large square matrix
+Model FLOPs are counted as finetuning/training/flops.py says. MFU is model FLOPs a second over the rate of a large square matrix
 product in the same process and dtype.
 
 --reference drives the same weights as the official code does: each image padded to num_crops + 1 crops, all CLIP layers run,
@@ -51,7 +47,9 @@ from transformers import Trainer
 from finetuning.data.collator import DataCollatorForPhi3V
 from finetuning.data.encoding import encode_conversation
 from finetuning.errors import RunError, run_script
+from finetuning.training import flops
 from finetuning.training.callbacks import keep_text_activations
+from finetuning.training.flops import matmul_rate
 from finetuning.training.loading import load_model, load_processor
 from phi3v import Phi3VConfig
 
@@ -75,67 +73,9 @@ LEVERS = ("crops", "layers", "labels", "sdpa")
 def step_flops(
     config: Phi3VConfig, lengths: list[int], crops: int, labels: int, strategy: str, rank: int = 64
 ) -> dict[str, int]:
-    """Model FLOPs of a forward pass and of a whole step; the module's docstring has the formula.
-
-    Args:
-        config (Phi3VConfig): sizes of the model.
-        lengths (list[int]): tokens of each sample, image tokens included.
-        crops (int): real crops of all images, global views included.
-        labels (int): supervised positions.
-        strategy (str): full, frozen, lora or qlora.
-        rank (int): of the LoRA matrices.
-    """
-    clip, width = config.vision_config, config.hidden_size
-    patches = (clip.image_size // clip.patch_size) ** 2
-    qkv = width + 2 * width * config.num_key_value_heads // config.num_attention_heads
-    tokens, clip_tokens, clip_layers = sum(lengths), crops * (patches + 1), clip.num_hidden_layers - 1
-    # Without the separators: a few in a hundred.
-    image_tokens = crops * patches // 4
-    # How often it is run, on how many tokens, inputs, outputs.
-    text = [
-        (config.num_hidden_layers, tokens, width, qkv),
-        (config.num_hidden_layers, tokens, width, width),
-        (config.num_hidden_layers, tokens, width, 2 * config.intermediate_size),
-        (config.num_hidden_layers, tokens, config.intermediate_size, width),
-        (1, labels, width, config.vocab_size),
-    ]
-    vision = [
-        (4 * clip_layers, clip_tokens, clip.hidden_size, clip.hidden_size),
-        (2 * clip_layers, clip_tokens, clip.hidden_size, clip.intermediate_size),
-        (1, image_tokens, 4 * clip.hidden_size, width),
-        (1, image_tokens, width, width),
-    ]
-    patch_embedding = 2 * crops * patches * 3 * clip.patch_size**2 * clip.hidden_size
-    text_attention = 2 * config.num_hidden_layers * width * sum(length**2 for length in lengths)
-    vision_attention = 4 * clip_layers * clip.hidden_size * crops * (patches + 1) ** 2
-    adapted = strategy in ("lora", "qlora")
-    adapters = sum(2 * n * t * rank * (i + o) for n, t, i, o in text + vision) if adapted else 0
-    text, vision = (sum(2 * n * t * i * o for n, t, i, o in products) for products in (text, vision))
-    forward = text + vision + patch_embedding + text_attention + vision_attention + adapters
-    # An attention multiplies two inputs: both get a gradient, whatever is trained.
-    backward = (1 if adapted else 2) * text + 2 * text_attention + 2 * adapters
-    if strategy != "frozen":
-        backward += (1 if adapted else 2) * vision + 2 * vision_attention
-    if strategy == "full":
-        backward += patch_embedding
-    return {"forward": forward, "step": forward + backward}
-
-
-def matmul_rate(device: str, dtype: torch.dtype, size: int) -> float:
-    """FLOP/s of a product of two square matrices; the best of several."""
-    factor = torch.randn(size, size, device=device, dtype=dtype)
-    best = float("inf")
-    for _ in range(20 if device == "cuda" else 4):
-        start = _now(device)
-        factor @ factor
-        best = min(best, _now(device) - start)
-    return 2 * size**3 / best
-
-
-def _now(device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
+    """`flops.step_flops` of samples of these lengths in tokens and of a strategy of `STRATEGIES`."""
+    squares, lora_rank = sum(length**2 for length in lengths), rank if strategy in ("lora", "qlora") else 0
+    return flops.step_flops(config, sum(lengths), squares, crops, labels, strategy == "frozen", lora_rank)
 
 
 class Clock:
@@ -302,7 +242,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     memory = peak_memory(args.device, lambda: step(batch))
     seconds = statistics.median(sum(split.values()) - split["data"] for split in splits)
     labels = int((batch["labels"][:, 1:] != -100).sum())
-    flops = step_flops(base_of(model).config, lengths, crops, labels, args.strategy, recipe.lora_rank)["step"]
+    needed = step_flops(base_of(model).config, lengths, crops, labels, args.strategy, recipe.lora_rank)["step"]
     rate = matmul_rate(args.device, getattr(torch, args.dtype), args.matmul_size)
     return {
         "case": {name: value for name, value in vars(args).items() if name in CASE},
@@ -315,9 +255,9 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "seconds": round(seconds, 4),
         "img_per_s": round(args.micro_batch / seconds, 4),
         "tokens_per_s": round(sum(lengths) / seconds, 1),
-        "model_gflop": round(flops / 1e9, 3),
+        "model_gflop": round(needed / 1e9, 3),
         "matmul_gflop_per_s": round(rate / 1e9, 1),
-        "mfu": round(flops / seconds / rate, 4),
+        "mfu": round(needed / seconds / rate, 4),
         "memory_step": round(memory / MIB, 1),
         "memory_peak": round(peak / MIB, 1),
         "split": {name: round(statistics.median(split[name] for split in splits), 4) for name in splits[0]},

@@ -16,7 +16,7 @@ from typing import Any, get_type_hints
 import torch
 from transformers import HfArgumentParser, Trainer, TrainingArguments, get_scheduler
 from transformers.hf_argparser import HfArg
-from transformers.integrations.integration_utils import get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.utils import logging
 
 from phi3v.modeling_phi3_v import SDPA_PACKED
@@ -225,7 +225,10 @@ class RecipeArguments(TrainingArguments):
     # The dataset's rows are not columns of tensors, and the model never leaves a trainable parameter unused.
     remove_unused_columns: bool = _switch(False, "leave as it is: features are made by the collator")
     ddp_find_unused_parameters: bool | None = _switch(False, "leave as it is: no parameter goes unused")
-    report_to: str = _flag(default="none", help="experiment tracker: none, tensorboard, wandb, ...")
+    report_to: list[str] = _flag(
+        default=None,
+        help="experiment trackers, one or several: tensorboard, wandb, mlflow, trackio, ... (default: none)",
+    )
     dataloader_num_workers: int = _flag(
         default=None, help="worker processes per GPU that prepare images (default: up to 4, as the cores allow)"
     )
@@ -234,6 +237,7 @@ class RecipeArguments(TrainingArguments):
         # What was chosen, as the flags are named; `parse_args` fills it.
         self.changed: dict[str, Any] = {}
         self._check_values()
+        self._check_trackers()
         self.do_train = self.do_train is None or self.do_train
         self._derive_accumulation()
         self._derive_strategy()
@@ -250,7 +254,7 @@ class RecipeArguments(TrainingArguments):
         except (ValueError, TypeError) as error:
             raise InputError(" ".join(str(error).split())) from error
         self._check_optimizer()
-        if self.disable_tqdm or self.local_process_index:
+        if self.disable_tqdm or self.local_process_index or not sys.stderr.isatty():
             logging.disable_progress_bar()
 
     @property
@@ -317,11 +321,6 @@ class RecipeArguments(TrainingArguments):
             raise InputError(
                 "--use_liger_kernel: expected it left out, it does not know this model; --torch_compile fuses the same operations"
             )
-        trackers = ["none", "all", *get_available_reporting_integrations()]
-        if self.report_to not in trackers:
-            raise InputError(
-                f"--report_to {self.report_to}: expected a tracker that is installed; here these are {', '.join(trackers)}"
-            )
         check_model_name(self.model_name_or_path, "--model_name_or_path")
         if self.data_dir is not None and not os.path.isdir(self.data_dir):
             raise InputError(f"--data_dir {self.data_dir}: no such folder")
@@ -329,6 +328,29 @@ class RecipeArguments(TrainingArguments):
             raise InputError(
                 "--full_train with --data_dir: expected one of them; the first is for the data set on the hub"
             )
+
+    def _check_trackers(self):
+        """Makes `report_to` a list of trackers, each of which is installed, and logged in where it has to be."""
+        given = [self.report_to] if isinstance(self.report_to, str) else self.report_to or []
+        names = [name for words in given for name in words.split(",") if name]
+        if names == ["all"]:
+            names = get_available_reporting_integrations()
+        if names == ["none"]:
+            names = []
+        for name in names:
+            if name not in INTEGRATION_TO_CALLBACK:
+                known = ", ".join(["none", "all", *sorted(INTEGRATION_TO_CALLBACK)])
+                raise InputError(f"--report_to {name}: expected trackers of {known}; none and all stand alone")
+            try:
+                # As the Trainer makes it, which would find only after the model is loaded that it cannot.
+                INTEGRATION_TO_CALLBACK[name]()
+            except Exception as error:  # whatever a tracker raises when it is imported
+                missing = name not in get_available_reporting_integrations()
+                found = f"that it is not; pip install {name}" if missing else f"one that fails: {_first_line(error)}"
+                raise InputError(f"--report_to {name}: expected it installed, found {found}") from error
+        if "wandb" in names:
+            _check_wandb()
+        self.report_to = list(dict.fromkeys(names))
 
     def _derive_accumulation(self):
         ranks = int(os.environ.get("WORLD_SIZE", 1))
@@ -503,6 +525,24 @@ class RecipeArguments(TrainingArguments):
             raise InputError(f"--resume_from_checkpoint {self.resume_from_checkpoint}: no such folder")
         if self.resume_from_checkpoint is not None and self.overwrite_output_dir:
             raise InputError("--resume_from_checkpoint with --overwrite_output_dir: expected one of them")
+
+
+def _check_wandb() -> None:
+    """Checks that wandb can send what it is given, or need not."""
+    import wandb
+
+    if wandb.setup().settings.mode != "online":
+        return
+    cure = "`wandb login`, or WANDB_API_KEY, or without a connection WANDB_MODE=offline"
+    try:
+        # One process asks the server whether it takes the key.
+        found = wandb.login(prompt=False, verify=os.environ.get("RANK", "0") == "0")
+    except wandb.Error as error:
+        raise InputError(
+            f"--report_to wandb: expected a login that works, found: {_first_line(error)}; {cure}"
+        ) from error
+    if not found:
+        raise InputError(f"--report_to wandb: expected you to be logged in, found no API key; {cure}")
 
 
 def check_model_name(name: str, flag: str) -> None:

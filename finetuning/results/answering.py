@@ -10,7 +10,6 @@ import torch
 from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from phi3v import Phi3VProcessor
 from phi3v.processing_phi3_v import IMAGE_TAG
@@ -21,6 +20,7 @@ from ..data.dataset import ConversationDataset
 from ..data.fingerprint import digest, identify_picture
 from ..data.images import load_images
 from ..errors import Stopped
+from ..training.progress import answers_bar
 from ..training.signals import stop_signals
 from .predictions import PREDICTIONS, STEP, Prediction, answering_model, keep_answers, rewrite, to_line, with_answer
 from .rounds import answer_in_rounds
@@ -98,12 +98,7 @@ def generate_answers(model, dataset: ConversationDataset, args: RecipeArguments,
             f"{moment(args, stage)}: {len(todo)} of {len(prompts)} questions are asked, the other answers are kept",
             flush=True,
         )
-    bar = tqdm(
-        total=len(prompts),
-        initial=len(kept),
-        desc=f"answers {moment(args, stage)}",
-        disable=args.disable_tqdm or rank > 0,
-    )
+    bar = answers_bar(args, len(prompts), len(kept), f"answers {moment(args, stage)}")
 
     def answer(batch, inputs):
         return _generate(model, dataset.processor, inputs, [prompts.questions[number] for number in batch], args)

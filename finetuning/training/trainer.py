@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import EarlyStoppingCallback, Trainer, TrainerState
+from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerState
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_utils import TrainOutput
 
 from ..arguments import RecipeArguments
@@ -24,6 +25,8 @@ from .callbacks import (
 )
 from .checkpoint import final_files, seal
 from .identity import read_run
+from .progress import Progress
+from .trackers import log_answers, write_beside_the_run
 from .weights import load_weights
 
 
@@ -31,8 +34,8 @@ class RecipeTrainer(Trainer):
     """A Trainer for `RecipeArguments`, `ConversationDataset` and batches of `DataCollatorForPhi3V`.
 
     Over the Trainer's own behaviour: every row once an epoch, checkpoints and final weights that are sealed, stops on
-    signals that lose nothing, no step that is not finite, a finished run that is not trained again, and the task's score
-    while it trains.
+    signals that lose nothing, no step that is not finite, a finished run that is not trained again, one line a log
+    step, and the task's score while it trains.
 
     Args:
         model: as `load_model` gives it.
@@ -52,12 +55,16 @@ class RecipeTrainer(Trainer):
         if args.early_stopping_patience is not None:
             callbacks = [*callbacks, EarlyStoppingCallback(args.early_stopping_patience)]
         self._nonfinite, self._pending, self._saved_step = NonFiniteCheck(), PendingLoss(), None
+        self._progress = Progress()
         # Where the weights come from, if there was nothing left to train.
         self._trained_weights: Path | None = None
         # A signal stops the run once the checkpoint is sealed, so it comes last.
         own = [StartEpoch(), PrepareTraining(), GradientCheck(model), self._nonfinite, self._pending, SealCheckpoint()]
-        callbacks = [*own, *callbacks, StopOnSignal()]
+        callbacks = [*own, *callbacks, self._progress, StopOnSignal()]
         super().__init__(model=model, args=args, eval_dataset=eval_dataset, callbacks=callbacks, **kwargs)
+        for printed in (PrinterCallback, DEFAULT_PROGRESS_CALLBACK):
+            self.remove_callback(printed)
+        write_beside_the_run(self.callback_handler.callbacks, args)
         # The model smooths by itself: transformers' smoother shifts the labels of models that it knows by name only.
         self.label_smoother = None
 
@@ -97,7 +104,10 @@ class RecipeTrainer(Trainer):
         if not self.args.do_train:
             return nothing
         self._pending.checkpoint = resume_from_checkpoint
-        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        try:
+            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        finally:
+            self._progress.close()
 
     def _stopped_early(self, state: TrainerState) -> bool:
         """Whether the run had stopped early when this state was saved."""
@@ -110,7 +120,8 @@ class RecipeTrainer(Trainer):
         """The Trainer's, and while training the task's own score beside the loss: eval_anls, eval_accuracy, ..."""
         output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         if self.is_in_train and self._score_answers is not None:
-            figures, _ = self._score_answers(self.model, self.eval_dataset, self.state.global_step)
+            figures, predictions = self._score_answers(self.model, self.eval_dataset, self.state.global_step)
+            log_answers(self, predictions, self.eval_dataset)
             named = {f"{metric_key_prefix}_{name}": value for name, value in figures.items() if "/" not in name}
             output.metrics.update(named)
         return output
@@ -124,6 +135,7 @@ class RecipeTrainer(Trainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._nonfinite.note(inputs["ids"], loss)
+        self._progress.count(inputs)
         loss = loss.nan_to_num(0, 0, 0)
         self._pending.add(loss)
         return loss
@@ -131,6 +143,7 @@ class RecipeTrainer(Trainer):
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "loss" in logs:
             logs["loss"] = self._pending.pop_mean(self.state)
+            logs |= self._progress.pop_figures(self.args, self.state)
         super().log(logs, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
