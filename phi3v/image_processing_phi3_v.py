@@ -16,6 +16,8 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.utils import TensorType
 
+from .configuration_phi3_v import OFFICIAL_CODE
+
 WHITE = (255, 255, 255)
 # A page at num_crops 16 gives 17 crops. The official processor takes any number; both models were trained up to 16.
 MAX_NUM_CROPS = 16
@@ -217,6 +219,15 @@ class Phi3VImageProcessor(BaseImageProcessor):
         resized = hd_size(width, height, self._resolve_num_crops(num_crops), self.crop_size)
         padded_width, padded_height = padded_size(*resized, self.crop_size)
         return count_image_tokens(padded_height, padded_width, self.crop_size, math.isqrt(self.num_img_tokens))
+
+    def to_dict(self) -> dict:
+        """Serialises with the fields of the official preprocessor_config.json; `auto_map` names the official code on the hub.
+
+        Not AutoImageProcessor: transformers 5 would infer the name of a video processor from it, and `pipeline()` ask on the
+        terminal whether to run its code. The official processor finds its image processor without it.
+        """
+        code = {"AutoProcessor": f"{OFFICIAL_CODE}processing_phi3_v.Phi3VProcessor"}
+        return super().to_dict() | {"auto_map": code, "processor_class": "Phi3VProcessor"}
 
     def hd_transform(self, image, num_crops: int | None = None) -> np.ndarray:
         """The HD image: resized (bilinear, antialiased) and padded with white above and below, or left and right.

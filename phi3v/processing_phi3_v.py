@@ -1,5 +1,7 @@
 """Phi3VProcessor: numbered image tags -> image tokens, chat template, batches."""
 
+import json
+import os
 import re
 from itertools import chain, pairwise
 from pathlib import Path
@@ -10,6 +12,7 @@ from transformers.processing_utils import ProcessorMixin
 from transformers.utils import TensorType
 
 from .image_processing_phi3_v import select_images
+from .tokenizer_files import read_tokenizer_files, write_tokenizer_files
 
 IMAGE_TAG = re.compile(r"<\|image_(\d+)\|>")
 IMAGE_TOKEN = "<|image|>"
@@ -316,10 +319,22 @@ class Phi3VProcessor(ProcessorMixin):
     def model_input_names(self) -> list[str]:
         return ["input_ids", "attention_mask", "pixel_values", "image_sizes"]
 
-    def save_pretrained(self, save_directory, **kwargs):
-        """Saves everything, also the preprocessor_config.json that other readers of this format look for."""
-        files = super().save_pretrained(save_directory, **kwargs)
-        self.image_processor.to_json_file(Path(save_directory) / "preprocessor_config.json")
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> list[str]:
+        """Saves everything in the layout of the official folder, which transformers 4.x and others read too.
+
+        The tokenizer's files are those that it was loaded from; processor_config.json, in which transformers 5 writes the image
+        processor as well, names only the classes, and preprocessor_config.json holds the image processor.
+        """
+        folder, source = Path(save_directory), read_tokenizer_files(self.tokenizer)
+        files = super().save_pretrained(save_directory, **({} if push_to_hub else kwargs))
+        write_tokenizer_files(self.tokenizer, folder, source, self.chat_template)
+        self.image_processor.to_json_file(folder / "preprocessor_config.json")
+        official = self.image_processor.to_dict()
+        names = {key: official[key] for key in ("auto_map", "processor_class")}
+        (folder / "processor_config.json").write_text(json.dumps(names, indent=2) + "\n", encoding="utf-8")
+        if push_to_hub:
+            # Not by transformers' own save_pretrained, which would push before the files are complete.
+            self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
         return files
 
 

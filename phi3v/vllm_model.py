@@ -3,12 +3,14 @@
 from itertools import groupby
 
 import torch
+from PIL import Image
 from vllm.model_executor.models import phi3v as vllm_phi3v
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.inputs import MultiModalFieldConfig
+from vllm.multimodal.parse import MultiModalDataParser
 from vllm.multimodal.processing.processor import PlaceholderFeaturesInfo, PromptReplacement, cached_encode
 
-from .image_processing_phi3_v import count_image_tokens
+from .image_processing_phi3_v import count_image_tokens, to_rgb
 from .processing_phi3_v import IMAGE_TAG, find_tags
 
 
@@ -34,7 +36,40 @@ def text_of(tokenizer, token_ids: list[int]) -> str:
     return "".join(pieces)
 
 
+class Phi3VDataParser(MultiModalDataParser):
+    def _parse_image_data(self, data):
+        """Makes pictures RGB as in training; vLLM would put transparent ones on white and make 16-bit greys white."""
+        if isinstance(data, (list, tuple)):
+            data = [self.make_rgb(item) for item in data]
+        elif data is not None:
+            data = self.make_rgb(data)
+        return super()._parse_image_data(data)
+
+    @staticmethod
+    def make_rgb(item):
+        # What a request brings is wrapped together with its bytes.
+        image = getattr(item, "media", item)
+        return to_rgb(image) if isinstance(image, Image.Image) and image.mode != "RGB" else item
+
+
+class Phi3VProcessingInfo(vllm_phi3v.Phi3VProcessingInfo):
+    def get_data_parser(self):
+        return Phi3VDataParser(
+            expected_hidden_size=self._get_expected_hidden_size(),
+            allow_missing_mm_embeddings=self.allow_missing_mm_embeddings,
+        )
+
+
 class Phi3VMultiModalProcessor(vllm_phi3v.Phi3VMultiModalProcessor):
+    def _call_hf_processor(self, hf_data, hf_kwargs):
+        try:
+            return super()._call_hf_processor(hf_data, hf_kwargs)
+        except ValueError as error:
+            if isinstance(error.__cause__, ValueError):
+                # What Phi3VProcessor finds wrong with a request; vLLM would keep it from the client.
+                raise error.__cause__ from None
+            raise
+
     def _get_mm_fields_config(self, hf_inputs, hf_processor_mm_kwargs):
         sizes = hf_inputs.get("image_sizes", torch.empty(0, 2, dtype=torch.long))
         return {
@@ -80,7 +115,7 @@ class Phi3VMultiModalProcessor(vllm_phi3v.Phi3VMultiModalProcessor):
 
 @MULTIMODAL_REGISTRY.register_processor(
     Phi3VMultiModalProcessor,
-    info=vllm_phi3v.Phi3VProcessingInfo,
+    info=Phi3VProcessingInfo,
     dummy_inputs=vllm_phi3v.Phi3VDummyInputsBuilder,
 )
 class Phi3VForVLLM(vllm_phi3v.Phi3VForCausalLM):

@@ -9,9 +9,9 @@ from transformers import AutoConfig, CLIPVisionConfig
 from phi3v import Phi3VConfig, Phi3VForCausalLM
 
 GOLDEN = Path(__file__).parent / "parity" / "data"
-# The only keys of the official file that are not written back: which kernel to use is not a property of a model, the
-# remote code is not needed, and transformers itself renames or drops the rest.
-NOT_WRITTEN = {"_attn_implementation", "_name_or_path", "auto_map", "torch_dtype", "transformers_version"}
+# The only keys of the official file that are not written back as they are: which kernel to use is not a property of a model,
+# the remote code is named where it is, and transformers itself drops the rest.
+NOT_WRITTEN = {"_attn_implementation", "_name_or_path", "auto_map", "transformers_version"}
 
 
 @pytest.fixture
@@ -49,7 +49,10 @@ def test_saved_config_has_the_official_keys_and_values(official, tmp_path):
     # The official code refuses a rope_scaling with any further key, and reads rope_theta from its old place.
     assert written["rope_scaling"].keys() == {"type", "short_factor", "long_factor"}
     assert written["rope_scaling"]["type"] == "su"
-    assert not {"rope_parameters", "auto_map", "_attn_implementation"} & written.keys()
+    assert not {"rope_parameters", "_attn_implementation"} & written.keys()
+    # The same classes, where they are: on the hub, not in the folder.
+    repository = "microsoft/Phi-3.5-vision-instruct--"
+    assert written["auto_map"] == {key: repository + name for key, name in expected["auto_map"].items()}
 
 
 def test_a_config_made_here_has_the_official_fields_that_others_read(official, tmp_path):

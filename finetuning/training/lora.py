@@ -1,6 +1,10 @@
 """LoRA adapters, as the published recipe sets them."""
 
+import json
+import re
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -11,8 +15,16 @@ from ..arguments import RecipeArguments
 # Published settings: all linear layers of the language model and, unless vision is frozen, of CLIP and the projector.
 LANGUAGE_TARGETS = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj", "lm_head"]
 
-
 VISION_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2", "img_projection.0", "img_projection.2"]
+
+# What an adapter_config.json may hold for PEFT 0.12, which refuses any other key.
+# Source: https://github.com/huggingface/peft/blob/v0.12.0/src/peft/tuners/lora/config.py
+PEFT_0_12 = {
+    *("peft_type", "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode"),
+    *("r", "target_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "bias", "use_rslora", "modules_to_save"),
+    *("init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "megatron_config"),
+    *("megatron_core", "loftq_config", "use_dora", "layer_replication"),
+}
 
 
 def nf4(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -28,18 +40,29 @@ def nf4(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
 
 def add_lora(model, args: RecipeArguments):
     last = model.config.vision_config.num_hidden_layers - 1
+    targets = LANGUAGE_TARGETS + ([] if args.freeze_vision_model else VISION_TARGETS)
     alpha = float(args.lora_rank * args.lora_alpha_ratio)
     config = LoraConfig(
         r=args.lora_rank,
         # Kept whole where it is: PEFT writes it into adapter_config.json.
         lora_alpha=int(alpha) if alpha.is_integer() else alpha,  # type: ignore[arg-type]
         lora_dropout=args.lora_dropout,
-        target_modules=LANGUAGE_TARGETS + ([] if args.freeze_vision_model else VISION_TARGETS),
-        exclude_modules=rf".*\.vision_model\.encoder\.layers\.{last}\..*",
+        # Not exclude_modules, which PEFT knows since 0.14: older ones could not load the adapter.
+        target_modules=rf"(?!.*\.vision_model\.encoder\.layers\.{last}\.)(.*\.)?({'|'.join(map(re.escape, targets))})",
         init_lora_weights="gaussian",
         task_type="CAUSAL_LM",
     )
     model = get_peft_model(model, config)
-    # Without this PEFT would put the whole frozen lm_head into every adapter file, because lm_head is one of the targets.
-    model.save_pretrained = partial(model.save_pretrained, save_embedding_layers=False)
+    model.save_pretrained = partial(_save_adapter, model.save_pretrained)
     return model
+
+
+def _save_adapter(save: Callable[..., None], folder: str, **kwargs) -> None:
+    """PEFT's save_pretrained; adapter_config.json is left with what PEFT 0.12 knows, and whatever else is not a default."""
+    # Without save_embedding_layers PEFT would put the whole frozen lm_head into every file, because lm_head is a target.
+    save(folder, save_embedding_layers=False, **kwargs)
+    path = Path(folder) / "adapter_config.json"
+    defaults = LoraConfig().to_dict()
+    config = json.loads(path.read_text(encoding="utf-8"))
+    kept = {key: value for key, value in config.items() if key in PEFT_0_12 or value != defaults.get(key)}
+    path.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
