@@ -19,15 +19,17 @@ WIDTH, SCALE = 1180, 1.25  # CSS pixels; pixels of the picture for each
 MOST_BYTES = 300_000
 # Two columns, so that a reader sees all of it at once.
 STYLE = """
-main { display: grid; grid-template-columns: 9fr 11fr; grid-template-rows: auto auto auto 1fr; gap: 0 16px; padding: 20px 24px !important }
-main > *, .charts > :not(:first-child), .facts > :not(:first-child, :nth-last-child(-n+2)), .bar, #pages, .keys, .left-out { display: none !important }
+main { display: grid; grid-template-columns: 9fr 11fr; grid-template-rows: auto auto 1fr; gap: 0 16px; padding: 20px 24px !important }
+main > *, .facts, .charts > :not(:first-child), .bar, #pages, .keys, .left-out { display: none !important }
 header { display: block !important; grid-column: 1 / 3 }
 h1 { font-size: 21px !important; white-space: nowrap }
-.summary, .charts { display: block !important; grid-column: 1 }
-.facts { margin-top: 16px !important }
-#answers { display: flex !important; flex-direction: column; grid-column: 2; grid-row: 2 / 5; margin-top: 16px !important }
+.summary { display: block !important; grid-column: 1 }
+.charts { display: flex !important; grid-column: 1 }
+.charts > * { flex: 1 }
+#answers { display: flex !important; flex-direction: column; grid-column: 2; grid-row: 2 / 4; margin-top: 16px !important }
 #rows { display: flex; flex-direction: column; gap: 12px; flex: 1 }
-.row { grid-template-columns: 160px 1fr !important; flex: 1; margin: 0 !important }
+.row { grid-template-columns: 136px 1fr !important; flex: 1; margin: 0 !important; padding: 12px 18px !important }
+.question { white-space: normal !important }
 .pictures button { min-height: 0 !important }
 """
 CHOOSE = """() => {
