@@ -1,4 +1,5 @@
 # make demo    a first success on a CPU: builds a tiny model and data, fine-tunes, evaluates
+# make compare    the demo in all four strategies, and one page that lays them over each other
 # make test    ruff, mypy and the tests
 # make test-all    the slow tests too, and long fuzzing
 # make test-versions    the tests of phi3v and parity on the oldest supported transformers, on vLLM's and on the pinned one
@@ -11,7 +12,7 @@ VENV ?= .venv
 STRATEGY ?= full
 DEMO_DIR ?= demo_output
 
-.PHONY: demo test test-all test-versions test-trl test-package serve test-serve
+.PHONY: demo compare test test-all test-versions test-trl test-package serve test-serve
 
 # Installs again when a pin changes.
 $(VENV)/installed: requirements.txt requirements-dev.txt
@@ -21,6 +22,13 @@ $(VENV)/installed: requirements.txt requirements-dev.txt
 
 demo: $(VENV)/installed
 	$(VENV)/bin/python demo.py $(DEMO_DIR) --strategy $(STRATEGY)
+
+# Full fine-tuning first: the others go on from its weights.
+compare: $(VENV)/installed
+	for strategy in full frozen lora qlora; do \
+		$(VENV)/bin/python demo.py $(DEMO_DIR) --strategy $$strategy || exit 1; \
+	done
+	$(VENV)/bin/python -m finetuning.compare $(addprefix $(DEMO_DIR)/,full frozen lora qlora) --out $(DEMO_DIR)/compare.html
 
 test: $(VENV)/installed
 	$(VENV)/bin/ruff check .

@@ -24,7 +24,7 @@ from finetuning.errors import InputError, run_script
 from finetuning.results.evaluation import check_score, evaluate, score_again, score_while_training
 from finetuning.results.metrics import exact_match
 from finetuning.results.predictions import Prediction
-from finetuning.results.report import write_report
+from finetuning.results.report import report_at_end, write_report
 from finetuning.training.loading import load_model, load_processor
 from finetuning.training.resume import begin_or_resume
 from finetuning.training.summary import print_summary
@@ -78,7 +78,7 @@ def main():
     eval_dataset = build_dataset(eval_rows, to_conversation, processor, args, split="eval")
     check_score(eval_dataset, score, args)
     if begin_or_resume(args, train_dataset, eval_dataset) and score_again(eval_dataset, score, args):
-        write_report(args, __doc__, eval_dataset)
+        write_report(args, __doc__, eval_dataset, score)
         return
 
     model = load_model(args)
@@ -92,11 +92,11 @@ def main():
         processing_class=processor,
         score_answers=score_while_training(score, args),
     )
-    evaluate(model, eval_dataset, score, args, stage="before")
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    trainer.save_model()
-    evaluate(model, eval_dataset, score, args, stage="after")
-    write_report(args, __doc__, eval_dataset)
+    with report_at_end(trainer, __doc__, eval_dataset, score):
+        evaluate(model, eval_dataset, score, args, stage="before")
+        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+        trainer.save_model()
+        evaluate(model, eval_dataset, score, args, stage="after")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import transformers  # noqa: E402
 
-from finetuning.results import answering, evaluation, report  # noqa: E402
+from finetuning.results import answering, evaluation, page  # noqa: E402
 from finetuning.training import callbacks, checkpoint, resume, trainer  # noqa: E402
 
 
@@ -120,7 +120,7 @@ MOMENTS = {
     "final save, not sealed": lambda: before(trainer, "seal"),
     "in a line of an answer after training": in_a_line("after", 1),
     "scoring after training": lambda: before(evaluation, "_score", 3),
-    "in the report": lambda: before(report.jinja2.Environment, "from_string"),
+    "in the report": lambda: before(page.jinja2.Environment, "get_template"),
     "the report not renamed": lambda: before(Path, "replace", 1, lambda path, _: path.name == "report.html.part"),
 }
 
