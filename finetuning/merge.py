@@ -34,7 +34,8 @@ from .training.saved import SavedModel, find_saved
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16, "float16": torch.float16}
 SHARD = "2GB"  # a shard is copied in memory while it is written
-QUESTION, QUESTIONS = "What is written here?", 3
+DEFAULT_QUESTIONS = ("What is written here?", "What is a receipt?", "Name a colour.")
+QUESTIONS = len(DEFAULT_QUESTIONS)
 NEW_TOKENS = 8
 TIMEOUT = 1800  # seconds
 # Share of the logits' spread by which rounding may move them: 8 bits of bfloat16 over all layers.
@@ -43,7 +44,7 @@ TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.3}
 
 @dataclass
 class Said:
-    """What a model says to the questions of the comparison: logits of the last positions, and greedy answers' tokens."""
+    """What a model says to the questions of the comparison: greedy answers' tokens, and the logits that each was taken from."""
 
     logits: list[torch.Tensor]
     answers: list[list[int]]
@@ -95,7 +96,7 @@ def merge(saved: SavedModel, dtype: torch.dtype) -> Any:
 
 
 def questions_of(saved: SavedModel) -> list[tuple[str, Image.Image | None]]:
-    """Questions of the comparison: those of the run, where it has answered some, each about a drawn picture; one has none."""
+    """Questions of the comparison: those of the run, where it has answered some; the first one is about a drawn picture."""
     found = []
     if saved.adapter:
         folders = (saved.adapter, saved.adapter.parent)
@@ -103,10 +104,10 @@ def questions_of(saved: SavedModel) -> list[tuple[str, Image.Image | None]]:
         found = list(
             dict.fromkeys(text for text in asked if isinstance(text, str) and "<|" not in text and text.strip())
         )
-    # A gradient: a picture of every brightness, of another shape for each question.
-    pictures = [Image.linear_gradient("L").convert("RGB").resize((300 + 150 * n, 400)) for n in range(QUESTIONS - 1)]
-    texts = [*found, *[QUESTION] * QUESTIONS][:QUESTIONS]
-    return list(zip(texts, [*pictures, None], strict=True))
+    # A gradient: a picture of every brightness. One, since on a CPU its tokens are what takes the time.
+    pictures = [Image.linear_gradient("L").convert("RGB"), *[None] * (QUESTIONS - 1)]
+    texts = [*found, *DEFAULT_QUESTIONS][:QUESTIONS]
+    return list(zip(texts, pictures, strict=True))
 
 
 @torch.no_grad()
@@ -128,15 +129,23 @@ def say(
         prompt = processor.apply_chat_template([{"role": "user", "content": tag + text}], add_generation_prompt=True)
         inputs = processor(prompt, [picture] if picture else None).to(model.device)
         with precision(model, dtype):
-            said.logits.append(model(**inputs, logits_to_keep=8).logits.float())
-            output = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
-        said.answers.append(output[0, inputs["input_ids"].shape[1] :].tolist())
+            output = model.generate(
+                **inputs, max_new_tokens=NEW_TOKENS, do_sample=False, return_dict_in_generate=True, output_logits=True
+            )
+        said.logits.append(torch.cat(output.logits).float())  # (tokens, V)
+        said.answers.append(output.sequences[0, inputs["input_ids"].shape[1] :].tolist())
     return said
 
 
 def compare(found: Said, expected: Said) -> tuple[float, float, int]:
-    """Largest deviation of the logits, that as a share of their spread, and how many answers are the same."""
-    deviation = max(float((a - b).abs().max()) for a, b in zip(found.logits, expected.logits, strict=True))
+    """Largest deviation of the logits, that as a share of their spread, and how many answers are the same.
+
+    Logits count up to the first token in which two answers differ: what follows answers another text.
+    """
+    deviation = 0.0
+    for number, (a, b) in enumerate(zip(found.logits, expected.logits, strict=True)):
+        same_tokens = len(os.path.commonprefix([found.answers[number], expected.answers[number]]))
+        deviation = max(deviation, float((a[: same_tokens + 1] - b[: same_tokens + 1]).abs().max()))
     spread = max(float(logits.std()) for logits in expected.logits)
     same = sum(a == b for a, b in zip(found.answers, expected.answers, strict=True))
     return deviation, deviation / max(spread, 1e-9), same
