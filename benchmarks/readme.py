@@ -1,27 +1,108 @@
-"""Writes the README's tables of what was measured from the result files; a test holds the two together.
+"""Writes what README and docs/ say of figures and flags, from the result files and from --help; a test holds them together.
 
 python -m benchmarks.readme
 """
 
 import json
+import re
 from collections import Counter
+from pathlib import Path
 from typing import Any
+
+from finetuning.arguments import GROUPS, RecipeArguments, _Parser
 
 from .record import RESULTS, ROOT
 
 END = "<!-- end -->\n"
+# The published names, where transformers' own come first in --help.
+PUBLISHED = {
+    "per_device_train_batch_size": "batch_size_per_gpu",
+    "weight_decay": "wd",
+    "disable_tqdm": "no-tqdm",
+}
+# Flags whose default follows from others, and flags of transformers, whose own help is longer than a line.
+WORDS = {
+    "fp16": "float16 with loss scaling; `--fp16 False`: float32 (default: on a GPU without --bf16)",
+    "do_train": "`--do_train False`: answer and score only, train nothing (default: on)",
+    "eval_strategy": "when rows are answered while it trains: no, steps or epoch",
+    "eval_steps": "optimizer steps between two evaluations (default: logging_steps)",
+    "metric_for_best_model": "figure that the best checkpoint has most of (loss: least), such as anls or accuracy (default: loss)",
+    "load_best_model_at_end": "end with the best checkpoint's weights",
+}
 
 
 def load(name: str) -> dict[str, Any]:
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
+def largest_logit_deviation() -> float:
+    deviations = load("parity")["deviations"]
+    return max(deviation["largest"] for name, deviation in deviations.items() if "logit" in name or "last16" in name)
+
+
+def interruptions() -> dict[str, Any]:
+    """The kills, the seconds of each SIGTERM until the exit, how many runs there were and how many ended as if undisturbed."""
+    found = load("interrupt")
+    parts = [found[name] for name in ("full", "lora")]
+    ends = [end for part in parts for end in (*part["ends"], *part["stops"])]
+    return {
+        "kills": [kill for part in parts for kill in part["kills"]],
+        "stops": [stop["seconds_until_exit"] for part in parts for stop in part["stops"]],
+        "rank": max(part["rank_killed"]["seconds_until_all_ended"] for part in parts),
+        "runs": len(ends),
+        "equal": sum(all(value for key, value in end.items() if key.endswith("_equal")) for end in ends),
+    }
+
+
+def first() -> str:
+    """The lines of the README's first screen; each names its file."""
+    step, demo = load("train_step_ratios")["cases"]["full photo"], load("demo")["strategies"]["full"]
+    ended, bad = interruptions(), load("bad_inputs")["bad_inputs"]
+    single = sum(found["status"] == 2 and len(found["line"].splitlines()) == 1 for found in bad.values())
+    lines = {
+        "parity": "**Native**: the published recipe's model is remote code, which current transformers breaks. This one is composed of "
+        "transformers' own CLIP and Phi3 classes, reads and writes the official weights under their names, and equals the official "
+        f"code: logits to {largest_logit_deviation():.1e} in float32",
+        "train_step_ratios": f"**Lighter**: a full fine-tuning step on a photo takes {step['seconds']['ratio']:.2f} of the time and "
+        f"{step['memory_step']['ratio']:.2f} of the memory of the official way, for a 172 M-parameter model on two CPU cores",
+        "interrupt": f"**A stop loses nothing**: after {len(ended['kills'])} kills and {len(ended['stops'])} SIGTERMs, "
+        f"{ended['equal']} of {ended['runs']} runs ended with the weights, losses and answers of an undisturbed one",
+        "bad_inputs": f"**A fault is one line**: {single} of {len(bad)} bad rows, files and flags get one that says what was expected, "
+        "what was found, where, and what to do",
+        "demo": f"**A first success without a GPU**: `make demo` goes from ANLS {demo['anls_before']:.2f} to {demo['anls_after']:.2f} on "
+        f"pages that it has not seen, in {demo['train_seconds']:.0f} s of training on two CPU cores",
+    }
+    return "".join(f"- {line} ([{name}.json](benchmarks/results/{name}.json)).\n" for name, line in lines.items())
+
+
+def flags() -> str:
+    """The flags of the recipe, in the groups of --help."""
+    actions = {action.dest: action for action in _Parser(RecipeArguments)._actions}
+    lines = []
+    for title, names in GROUPS.items():
+        lines += [f"### {title.capitalize()}", "", "| flag | default | meaning |", "|---|---|---|"]
+        for name in names:
+            help = WORDS.get(name) or " ".join(str(actions[name].help).split()).replace("%%", "%")
+            said = re.search(r" \(default: ([^)]*)\)", help)
+            default = said[1] if said else show_default(actions[name].default)
+            meaning = help.replace(said[0], "") if said else help
+            lines.append(f"| `--{PUBLISHED.get(name, name)}` | {default} | {meaning} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def show_default(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return "on" if value else "off" if value is False else ""
+    text = f"{value:,}" if isinstance(value, int) else f"{value:g}" if isinstance(value, float) else str(value)
+    return text.replace("e-0", "e-")
+
+
 def rows() -> list[tuple[str, str, str]]:
     """What was measured, the result, and the command that wrote the file of that name."""
     deviations = load("parity")["deviations"]
-    logits = max(deviation["largest"] for name, deviation in deviations.items() if "logit" in name or "last16" in name)
     parity = (
-        f"logits {logits:.1e}, loss {deviations['loss, eager']['largest']:.1e}, gradient norms "
+        f"logits {largest_logit_deviation():.1e}, loss {deviations['loss, eager']['largest']:.1e}, gradient norms "
         f"{deviations['gradients: norm, relative']['largest']:.1e} relative; ids, HD images and crops equal"
     )
     demo = load("demo")["strategies"]
@@ -32,14 +113,10 @@ def rows() -> list[tuple[str, str, str]]:
     accuracy = ", ".join(f"{names[name]} {task['after']['accuracy']:.3f}" for name, task in learned.items())
     speeds = load("convert")["speeds"]
     clips = [speeds[name]["clips_per_cpu_second"] for name in ("convert_ucf101.py", "ffmpeg")]
-    interrupt, cost = load("interrupt"), load("checkpoint_cost")
-    found = {name: interrupt[name] for name in ("full", "lora")}
-    ends = [end for part in found.values() for end in (*part["ends"], *part["stops"])]
-    equal = sum(all(value for key, value in end.items() if key.endswith("_equal")) for end in ends)
-    kills = [kill for part in found.values() for kill in part["kills"]]
-    phases = ", ".join(f"{count} {phase}" for phase, count in Counter(kill["phase"] for kill in kills).most_common())
-    stops = [stop["seconds_until_exit"] for part in found.values() for stop in part["stops"]]
-    rank = max(part["rank_killed"]["seconds_until_all_ended"] for part in found.values())
+    ended, cost = interruptions(), load("checkpoint_cost")
+    phases = ", ".join(
+        f"{count} {phase}" for phase, count in Counter(kill["phase"] for kill in ended["kills"]).most_common()
+    )
     checkpoint = cost["seconds_a_checkpoint"]
     return [
         (
@@ -58,9 +135,9 @@ def rows() -> list[tuple[str, str, str]]:
             "python -m benchmarks.learning",
         ),
         (
-            f"{len(kills)} kills (-9) of two-process runs, full and LoRA ({phases}), and {len(stops)} SIGTERMs: runs that ended "
+            f"{len(ended['kills'])} kills (-9) of two-process runs, full and LoRA ({phases}), and {len(ended['stops'])} SIGTERMs: runs that ended "
             "with the weights, losses and answers of an undisturbed one",
-            f"{equal} of {len(ends)}; {max(stops)} s at most from SIGTERM to exit, {rank} s from the death of a rank",
+            f"{ended['equal']} of {ended['runs']}; {max(ended['stops'])} s at most from SIGTERM to exit, {ended['rank']} s from the death of a rank",
             "python -m benchmarks.interrupt",
         ),
         (
@@ -155,18 +232,28 @@ def table(found: list[tuple[str, str, str]]) -> str:
     return "\n".join(("| what | result | command |", "|---|---|---|", *lines, ""))
 
 
-def tables() -> dict[str, str]:
-    """Each table by the line of the README under which it stands."""
-    begin = "<!-- {} made by `python -m benchmarks.readme` -->\n"
-    made = {"table": table(rows()), "speed": table(speed()), "levers": levers(), "readers": readers()}
-    return {begin.format(name): text for name, text in made.items()}
+# Each part that is made stands below a line with its name, in README or in a file of docs/.
+PARTS = {
+    "first": first,
+    "flags": flags,
+    "table": lambda: table(rows()),
+    "speed": lambda: table(speed()),
+    "levers": levers,
+    "readers": readers,
+}
+BEGIN = "<!-- {} made by `python -m benchmarks.readme` -->\n"
+
+
+def documents() -> list[Path]:
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def main() -> None:
-    path = ROOT / "README.md"
-    for begin, text in tables().items():
+    for name, make in PARTS.items():
+        begin = BEGIN.format(name)
+        (path,) = (path for path in documents() if begin in path.read_text(encoding="utf-8"))
         before, rest = path.read_text(encoding="utf-8").split(begin)
-        path.write_text(before + begin + text + END + rest.split(END, 1)[1], encoding="utf-8")
+        path.write_text(before + begin + make() + END + rest.split(END, 1)[1], encoding="utf-8")
 
 
 if __name__ == "__main__":
