@@ -24,7 +24,7 @@ from finetuning.errors import InputError, run_script
 from finetuning.results.evaluation import evaluate, score_again
 from finetuning.results.metrics import exact_match
 from finetuning.results.predictions import Prediction
-from finetuning.results.report import write_report
+from finetuning.results.report import report_at_end, write_report
 from finetuning.training.loading import load_model, load_processor
 from finetuning.training.resume import begin_or_resume
 from finetuning.training.summary import print_summary
@@ -77,7 +77,7 @@ def main():
     train_dataset = build_dataset(train_rows, to_conversation, processor, args, split="train")
     eval_dataset = build_dataset(eval_rows, to_conversation, processor, args, split="eval")
     if begin_or_resume(args, train_dataset, eval_dataset) and score_again(eval_dataset, score, args):
-        write_report(args, __doc__, eval_dataset)
+        write_report(args, __doc__, eval_dataset, score)
         return
 
     model = load_model(args)
@@ -90,11 +90,11 @@ def main():
         data_collator=DataCollatorForPhi3V(processor.tokenizer.pad_token_id, args.padding_free),
         processing_class=processor,
     )
-    evaluate(model, eval_dataset, score, args, stage="before")
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    trainer.save_model()
-    evaluate(model, eval_dataset, score, args, stage="after")
-    write_report(args, __doc__, eval_dataset)
+    with report_at_end(trainer, __doc__, eval_dataset, score):
+        evaluate(model, eval_dataset, score, args, stage="before")
+        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+        trainer.save_model()
+        evaluate(model, eval_dataset, score, args, stage="after")
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ GROUPS = {
         "max_grad_norm",
         "recompute",
     ],
-    "evaluation": ["eval_split", "eval_size", "per_device_eval_batch_size", "max_new_tokens"],
+    "evaluation": ["eval_split", "eval_size", "per_device_eval_batch_size", "max_new_tokens", "report_rows"],
     "output": ["output_dir", "do_train", "save_steps", "save_total_limit", "resume_from_checkpoint", "overwrite_output_dir", "on_nonfinite", "disable_tqdm"],
 }  # fmt: skip
 OTHER = "Hugging Face TrainingArguments"
@@ -59,6 +59,7 @@ RANGES = {
     "max_image_pixels": (1, None),
     "max_bad_rows": (0, None),
     "eval_size": (0, None),
+    "report_rows": (0, None),
     "dataloader_num_workers": (0, 256),
     "learning_rate": (0, None),
     "weight_decay": (0, None),
@@ -164,6 +165,9 @@ class RecipeArguments(TrainingArguments):
     )
     per_device_eval_batch_size: int = _flag(default=4, help="rows answered at once on each GPU")
     max_new_tokens: int = _flag(default=64, help="longest answer that is generated, in tokens")
+    report_rows: int = _flag(
+        default=5000, help="most rows that report.html lists, the worst ones; fewer make room for larger pictures"
+    )
 
     output_dir: str = _flag(
         default=None,
@@ -205,6 +209,8 @@ class RecipeArguments(TrainingArguments):
     )
 
     def __post_init__(self):
+        # What was chosen, as the flags are named; `parse_args` fills it.
+        self.changed: dict[str, Any] = {}
         self._check_values()
         self.do_train = self.do_train is None or self.do_train
         self._derive_accumulation()
@@ -521,6 +527,17 @@ def _first_line(error: Exception) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), repr(error))
 
 
+def _changed(namespace: argparse.Namespace) -> dict[str, Any]:
+    """Name of a flag -> its value, of those that differ from the recipes' defaults; the names are the published ones."""
+    kinds: Any = RecipeArguments
+    defaults, found = _Parser(kinds, allow_abbrev=False).parse_args([]), {}
+    for field in fields(RecipeArguments):
+        if field.init and getattr(namespace, field.name) != getattr(defaults, field.name):
+            names = [*field.metadata.get("aliases", []), field.name]
+            found[names[0].lstrip("-")] = getattr(namespace, field.name)
+    return found
+
+
 def default_output_dir(script: str) -> str:
     """output/TASK of a script: ./output/docvqa for finetune_hf_trainer_docvqa.py."""
     return os.path.join("output", Path(script).stem.removeprefix(SCRIPT_PREFIX) or "run")
@@ -549,5 +566,6 @@ def parse_args(argv: list[str] | None = None, **defaults) -> RecipeArguments:
     use_cpu = namespace.use_cpu or not torch.cuda.is_available()
     prepare_process(use_cpu, namespace.ddp_backend, namespace.ddp_timeout, namespace.max_image_pixels)
     args = RecipeArguments(**vars(namespace))
+    args.changed = _changed(namespace)
     check_shared_memory(args.dataloader_num_workers, args.per_device_train_batch_size, args.num_crops)
     return args

@@ -29,5 +29,10 @@ def exact_match(answer: str, references: list[str]) -> bool:
     return _plain(answer) in {_plain(reference) for reference in references}
 
 
+def find_class(classes: list[str], texts: list[str]) -> int | None:
+    """Number of the class that one of the texts names as the scores compare: "Yes" is "Yes."."""
+    return next((number for number, name in enumerate(classes) if exact_match(name, texts)), None)
+
+
 def _plain(text: str) -> str:
     return text.strip().removesuffix(".").strip().lower()

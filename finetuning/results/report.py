@@ -1,188 +1,297 @@
-"""What a person looks at after a run: the loss curve, and a page with the predictions."""
+"""What a person looks at after a run, finished or not: report.html, one page with its scores, curves and answers."""
 
-import base64
-import io
 import json
-from itertools import islice
+import resource
+import signal
+import threading
+import time
+from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import jinja2
-from matplotlib.figure import Figure
+import torch
 
 from ..arguments import RecipeArguments
 from ..data.dataset import ConversationDataset
-from ..data.images import load_images
-from ..training.identity import read_run
-from .metrics import exact_match
-from .predictions import read_predictions
+from ..data.shown import printable
+from ..errors import Stopped
+from ..training.checkpoint import find_checkpoints
+from ..training.identity import read_run, write_run
+from .charts import smooth, thin
+from .classes import class_tables, closed_classes, count_answers
+from .curves import finite_logs, more_charts, points_of, run_charts, score_points
+from .overview import describe_run, describe_score, list_facts, show, show_interval, summarise
+from .page import write_page
+from .plots import plot_confusion, plot_curves
+from .predictions import PREDICTIONS, Prediction, read_predictions
+from .provenance import command, commit, machine, versions
+from .rows import (
+    LEFT_OUT,
+    UNREADABLE,
+    Row,
+    answers_of,
+    best_score,
+    join_rows,
+    picture_sources,
+    plain_row,
+    score_stages,
+    size_of,
+    sums_of,
+    worst_first,
+)
+from .thumbnails import thumbnails
+from .uncertainty import Score, intervals
 
-MAX_ROWS = 50
-THUMBNAIL = 480  # pixels
-MAX_CLASSES = 120
-
-PAGE = """\
-<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<title>{{ title }}</title>
-<style>
- body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #1b1f24 }
- h1 { font-size: 1.5rem } h2 { font-size: 1.1rem; margin-top: 2rem }
- table { border-collapse: collapse } td, th { padding: .3rem .8rem .3rem 0; text-align: left; vertical-align: top }
- table.figures td { font-variant-numeric: tabular-nums }
- .row { display: flex; gap: 1.2rem; padding: 1rem 0; border-top: 1px solid #d8dee4 }
- .row > div { flex: 1 } .images { flex: 0 0 16rem !important } .images img { max-width: 100%; border: 1px solid #d8dee4 }
- .good { color: #1a7f37 } .bad { color: #c0362c } .muted { color: #656d76 }
- img.curve { max-width: 100% }
- pre { white-space: pre-wrap; background: #f6f8fa; padding: .8rem }
-</style>
-<h1>{{ title }}</h1>
-<table class="figures">
-<tr><th><th>before<th>after
-{% for name, before, after in figures %}<tr><td>{{ name }}<td>{{ before }}<td>{{ after }}
-{% endfor %}</table>
-<pre>{{ description }}</pre>
-{% if curve %}<img class="curve" alt="training loss" src="{{ curve }}">{% endif %}
-{% if confusion %}<h2>Answers after training by class</h2><img alt="confusion matrix" src="{{ confusion }}">{% endif %}
-<h2>Predictions ({{ rows | length }} of {{ total }})</h2>
-{% for row in rows %}<div class="row">
-<div class="images">{% for image in row.images %}<img alt="" src="{{ image }}">{% endfor %}</div>
-<div><div class="muted">{{ row.id }}</div><b>{{ row.question }}</b>
-<table>
-<tr><td class="muted">expected<td>{{ row.references | join(" / ") }}
-{% if row.before is not none %}<tr><td class="muted">before<td class="{{ row.before_class }}">{{ row.before }}{% endif %}
-<tr><td class="muted">after<td class="{{ row.after_class }}">{{ row.after }}
-</table></div>
-</div>
-{% endfor %}
-</html>
-"""
+REPORT = "report.html"
+MOST_BYTES = 20_000_000 - 300_000  # of a page; the rest for what surrounds the rows
+# torchrun ends a process that stops 30 seconds after its signal.
+SECONDS_FOR_PICTURES_OF_A_STOPPED_RUN = 8
 
 
-def plot_curves(log_history: list[dict[str, float]]) -> Figure | None:
-    """Loss, learning rate and gradient norm over the optimizer steps; None if nothing was logged."""
-    logs = [entry for entry in log_history if "loss" in entry]
-    if not logs:
-        return None
-    figure = Figure(figsize=(12, 3.2), layout="constrained")
-    axes = figure.subplots(1, 3)
-    for axis, key, title in zip(
-        axes, ("loss", "grad_norm", "learning_rate"), ("training loss", "gradient norm", "learning rate"), strict=True
-    ):
-        points = [(entry["step"], entry[key]) for entry in logs if key in entry]
-        axis.plot(*zip(*points, strict=True), marker="." if len(points) < 30 else None)
-        axis.set(title=title, xlabel="optimizer step")
-        axis.grid(alpha=0.3)
-    return figure
+class report_at_end:
+    """Writes report.html at the end of a `with` block, however it ends: finished, stopped or failed.
 
-
-def plot_confusion(references: list[list[str]], answers: list[str]) -> Figure | None:
-    """How often each class is answered for each class; None unless every question has one of a few expected answers."""
-    classes = sorted({options[0] for options in references})
-    if any(len(options) > 1 for options in references) or not 2 <= len(classes) <= MAX_CLASSES:
-        return None
-    columns = [*classes, "other"]
-    counts = [[0] * len(columns) for _ in classes]
-    for (expected,), answer in zip(references, answers, strict=True):
-        found = next((name for name in classes if exact_match(answer, [name])), "other")
-        counts[classes.index(expected)][columns.index(found)] += 1
-    side = 2.5 + 0.45 * len(columns)
-    figure = Figure(figsize=(side + 1, side), layout="constrained")
-    axis = figure.subplots()
-    axis.imshow(counts, cmap="Blues")
-    axis.set_xticks(range(len(columns)), columns, rotation=60, ha="right", rotation_mode="anchor", parse_math=False)
-    axis.set_yticks(range(len(classes)), classes, parse_math=False)
-    axis.set(xlabel="answered", ylabel="expected")
-    highest = max(max(row) for row in counts)
-    for y, row in enumerate(counts):
-        for x, count in enumerate(row):
-            axis.text(x, y, str(count), ha="center", va="center", color="white" if count > highest / 2 else "black")
-    return figure
-
-
-def write_report(args: RecipeArguments, title: str, dataset: ConversationDataset) -> None:
-    """Writes curves.png, report.html and, for a few classes, confusion.png into the output folder, from what the run has left there.
-
-    Every text is escaped, and the page holds only pictures that are drawn here. The first rank alone writes.
+    Only the first rank writes, from files and from what the Trainer has logged, so that it waits for no other rank. Where the
+    run itself failed, a report that fails too is one line, and the run's error goes on its way.
 
     Args:
-        args (RecipeArguments): for the output folder.
-        title (str): heading of the page; of a longer text its first line.
+        trainer (RecipeTrainer): its arguments, logs and rows to train on.
+        doc (str): the script's docstring; its first line is the title.
+        eval_dataset (ConversationDataset): the rows that are answered.
+        score (Callable): the task's own; its first figure is the main one.
+    """
+
+    def __init__(self, trainer, doc: str, eval_dataset: ConversationDataset, score: Score):
+        self.trainer, self.args, self.doc, self.eval_dataset, self.score = (
+            trainer,
+            trainer.args,
+            doc,
+            eval_dataset,
+            score,
+        )
+        self._start = time.monotonic()
+
+    def __enter__(self):
+        if self.args.process_index == 0:
+            self._write_attempt(_describe_attempt(self.args, len(self.trainer.train_dataset)), new=True)
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if self.args.process_index:
+            return
+        if error is None:
+            self._finish("finished", "")
+            return
+        if threading.current_thread() is threading.main_thread():
+            # torchrun sends it as soon as another rank has ended; a second Ctrl-C still ends this one at once.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        state = "stopped" if isinstance(error, (Stopped, KeyboardInterrupt)) else "failed"
+        try:
+            self._finish(state, _describe_error(error), SECONDS_FOR_PICTURES_OF_A_STOPPED_RUN)
+        except Exception as failure:
+            print(f"the report could not be written: {printable(str(failure) or repr(failure))}", flush=True)
+
+    def _finish(self, state: str, ending: str, seconds: float | None = None) -> None:
+        on_gpu = self.args.device.type == "cuda"
+        peak = (
+            torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        )
+        self._write_attempt(
+            {
+                "state": state,
+                "ending": ending,
+                "seconds": round(time.monotonic() - self._start, 1),
+                "step": self.trainer.state.global_step,
+                "peak_bytes": peak,
+            }
+        )
+        write_report(self.args, self.doc, self.eval_dataset, self.score, self.trainer.state.log_history, seconds)
+
+    def _write_attempt(self, facts: dict[str, Any], new: bool = False) -> None:
+        """Keeps in run.json what each start of the run was and came to."""
+        output = Path(self.args.output_dir)
+        record = read_run(output)
+        if record is not None:
+            attempts = record.get("attempts", [])
+            attempts = [*attempts, facts] if new else [*attempts[:-1], {**attempts[-1], **facts}]
+            write_run(output, {**record, "attempts": attempts})
+
+
+def _describe_attempt(args: RecipeArguments, train_rows: int) -> dict[str, Any]:
+    on_gpu = args.device.type == "cuda"
+    return {
+        "started": datetime.now().isoformat(timespec="minutes"),
+        "command": command(),
+        "commit": commit(),
+        "versions": versions(),
+        "device": torch.cuda.get_device_name() if on_gpu else machine(),
+        "processes": args.world_size,
+        "strategy": args.strategy,
+        "model": args.model_name_or_path,
+        "data": args.data_dir or "",
+        "train_rows": train_rows,
+        "changed": {name: str(value) for name, value in args.changed.items()},
+    }
+
+
+def _describe_error(error: BaseException) -> str:
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped by SIGINT"
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    text = f"{lines[0]} ... {lines[-1]}" if len(lines) > 1 else "".join(lines) or type(error).__name__
+    return printable(text, 500)
+
+
+def write_report(
+    args: RecipeArguments,
+    doc: str,
+    dataset: ConversationDataset,
+    score: Score,
+    log_history: list[dict[str, Any]] | None = None,
+    seconds: float | None = None,
+) -> None:
+    """Writes report.html, curves.png and, for closed classes, confusion.png, from what the run has left in its output folder.
+
+    The first rank alone writes. Every text is escaped, and the page holds only pictures that are drawn here.
+
+    Args:
+        args (RecipeArguments): output_dir, report_rows.
+        doc (str): heading of the page; of a longer text its first line.
         dataset (ConversationDataset): the rows that were answered.
+        score (Callable): the task's own.
+        log_history (list[dict], optional): what the Trainer has logged; else that of the folder or of its newest checkpoint.
+        seconds (float, optional): most time for the pictures.
     """
     if args.process_index:
         return
-    folder, title = Path(args.output_dir), title.splitlines()[0]
-    description = (read_run(folder) or {}).get("summary", "")
-    state = folder / "trainer_state.json"
-    log_history = json.loads(state.read_text(encoding="utf-8"))["log_history"] if state.exists() else []
-    figure = plot_curves(log_history)
-    if figure:
+    folder, title = Path(args.output_dir), doc.splitlines()[0]
+    run = read_run(folder) or {}
+    logs = log_history or _read_logs(folder)
+    if figure := plot_curves(logs):
         figure.savefig(folder / "curves.png", dpi=120)
-    confusion = None
-    results = {}
-    for stage in ("before", "after"):
-        path = folder / f"eval_{stage}.json"
-        results[stage] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    names = [name for name, value in results["after"].items() if isinstance(value, (int, float))]
-    if results["after"]:
-        confusion = plot_confusion(results["after"]["answers_unique"], results["after"]["generated_texts_unique"])
-    if confusion:
-        confusion.savefig(folder / "confusion.png", dpi=120)
-    # In the data set's order: ids need not be unique.
-    predictions = read_predictions(folder / "predictions.jsonl")
-    answers = {
-        stage: iter([item["answer"] for item in predictions if item["stage"] == stage]) for stage in ("before", "after")
+    logs = finite_logs(logs)
+    rows, stages = join_rows(dataset, read_predictions(folder / PREDICTIONS))
+    scored_by = score_stages(rows, stages, score)
+    found = {stage: _score_stage(folder, stage, answers_of(rows, stage), score) for stage in stages}
+    last = stages[-1] if stages else ""
+    classes = closed_classes(rows, found[last]["figures"]) if stages else []
+    answered = {stage: answers_of(rows, stage) for stage in stages}
+    counts = [[0]]
+    if classes:
+        final = answered[last]
+        counts = count_answers(classes, [item.references for item in final], [item.answer for item in final])
+        plot_confusion(classes, counts).savefig(folder / "confusion.png", dpi=120)
+    shown = worst_first(rows)[: args.report_rows]
+    data: dict[str, Any] = {
+        "columns": stages,
+        "merge": True,
+        "best": best_score(rows),
+        "order": "worst first",
+        "filters": _filters(shown, stages),
+        "classes": classes,
+        "total": len(rows),
+        "left_out": _left_out(len(rows), len(shown)),
     }
-    shown = []
-    for row in islice(dataset.rows, MAX_ROWS):
-        conversation = dataset.to_conversation(row)
-        for turn, asked in enumerate(conversation.turns):
-            item: dict[str, Any] = {
-                "id": conversation.id,
-                "question": asked.user,
-                "references": asked.answers,
-                "images": [],
-            }
-            if turn == 0:
-                item["images"] = [_thumbnail(image) for image in load_images(conversation)]
-            for stage in ("before", "after"):
-                item[stage] = next(answers[stage], None)
-                item[f"{stage}_class"] = "good" if _matches(item[stage], asked.answers) else "bad"
-            shown.append(item)
-    page = jinja2.Environment(autoescape=True).from_string(PAGE)
-    html = page.render(
+    charts, more = run_charts(logs, stages, found, answered), more_charts(logs)
+    attempts = run.get("attempts", [])
+    summary = summarise(attempts, logs)
+    loss = points_of(logs, "loss")
+    _, during, ends = score_points(logs, stages, found)
+    stats = {stage: _plain_figures(found[stage]) for stage in stages}
+    data |= {
+        "charts": [chart.data for _, chart, _ in charts + more],
+        # For `finetuning.compare`.
+        "run": {
+            "name": folder.resolve().name,
+            "scored_by": scored_by,
+            "stages": stats,
+            "sums": sums_of(rows, last),
+            "losses": [thin(loss), thin(smooth(loss))],
+            "score_by_step": sorted(during + ends),
+            "attempt": attempts[-1] if attempts else {},
+            **{name: summary[name] for name in ("duration", "speed", "memory", "strategy")},
+        },
+    }
+    data["rows"], data["pictures"] = _with_pictures(dataset, shown, stages, classes, size_of(data), seconds)
+    write_page(
+        folder / REPORT,
+        "report.html",
         title=title,
-        description=description,
-        figures=[(name, _figure(results["before"].get(name)), _figure(results["after"].get(name))) for name in names],
-        curve=_data_uri(folder / "curves.png") if figure else None,
-        confusion=_data_uri(folder / "confusion.png") if confusion else None,
-        rows=shown,
-        total=results["after"].get("num_answers", 0),
+        run=describe_run(run, attempts),
+        score=describe_score(stages, found, rows),
+        facts=list_facts(summary, rows, found, stages),
+        charts=charts,
+        more=more,
+        figures=list(dict.fromkeys(name for stage in stages for name in stats[stage]["figures"])),
+        stages=[
+            {
+                "name": stage,
+                "values_of": {name: show(value) for name, value in stats[stage]["figures"].items()},
+                "intervals": {name: show_interval(value) for name, value in stats[stage]["intervals"].items()},
+                "count": f"{len(answered[stage]):,}",
+            }
+            for stage in stages
+        ],
+        classes=class_tables(classes, counts, answered, stages) if classes else None,
+        data=data,
     )
-    aside = folder / "report.html.part"
-    aside.write_text(html, encoding="utf-8")
-    aside.replace(folder / "report.html")
-    print(f"report -> {folder / 'report.html'}", flush=True)
+    print(f"report -> {folder / REPORT}", flush=True)
 
 
-def _matches(answer: str | None, references: list[str]) -> bool:
-    # As the tasks' own scores compare: "Yes" is right where "Yes." is expected.
-    return answer is not None and exact_match(answer, references)
+def _read_logs(folder: Path) -> list[dict[str, Any]]:
+    for place in (folder, *find_checkpoints(folder)):
+        with suppress(OSError, ValueError, KeyError):
+            return json.loads((place / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    return []
 
 
-def _figure(value) -> str:
-    return "" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
+def _score_stage(folder: Path, stage: str, predictions: list[Prediction], score: Score) -> dict[str, Any]:
+    """Figures of a stage with their intervals: those of its file where it was answered to the end."""
+    found: dict[str, Any] = {"figures": {}, "intervals": {}, "seconds": None}
+    with suppress(Exception):  # a user's function, maybe given some of the rows only
+        found["figures"] = {name: float(value) for name, value in score(predictions).items()}
+        found["intervals"] = intervals(score, predictions)
+    with suppress(OSError, ValueError):
+        result = json.loads((folder / f"eval_{stage.replace(' ', '_')}.json").read_text(encoding="utf-8"))
+        found["seconds"] = result.get("seconds")
+    found["count"] = len(predictions)
+    return found
 
 
-def _data_uri(path: Path) -> str:
-    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+def _plain_figures(found: dict[str, Any]) -> dict[str, Any]:
+    figures = {name: value for name, value in found["figures"].items() if "/" not in name}
+    return {"figures": figures, "intervals": found["intervals"], "count": found["count"]}
 
 
-def _thumbnail(image) -> str:
-    image = image.convert("RGB")
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=80)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+def _filters(rows: list[Row], stages: list[str]) -> list[dict[str, Any]]:
+    labels = {"wrong": "Wrong"}
+    if len(stages) > 1:
+        labels |= {"changed": "Changed by training", "better": "Became better", "worse": "Became worse"}
+    counts = {key: sum(key in row.flags for row in rows) for key in labels}
+    filters = [{"key": "all", "label": "All", "count": len(rows)}]
+    return filters + [{"key": key, "label": label, "count": counts[key]} for key, label in labels.items()]
+
+
+def _left_out(total: int, shown: int) -> str:
+    return (
+        "" if shown == total else f"The {shown:,} worst of {total:,} rows are listed; --report_rows {total} lists all."
+    )
+
+
+def _with_pictures(
+    dataset, rows: list[Row], stages: list[str], classes: list[str], taken: int, seconds: float | None
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Rows and pictures for the page's script: the pictures get what the texts leave of the page."""
+    plain = [plain_row(row, stages, classes, []) for row in rows]
+    count = sum(row.pictures for row in rows)
+    budget = max(0, MOST_BYTES - taken - size_of(plain))
+    made = thumbnails(picture_sources(dataset, rows), count, budget, seconds)
+    pictures: list[str] = []
+    for row, item in zip(rows, plain, strict=True):
+        for _ in range(row.pictures):
+            uri = next(made)
+            item["pictures"].append(len(pictures) if uri else LEFT_OUT if uri is None else UNREADABLE)
+            if uri:
+                pictures.append(uri)
+    return plain, pictures
