@@ -211,6 +211,8 @@ class RecipeArguments(TrainingArguments):
     def __post_init__(self):
         # What was chosen, as the flags are named; `parse_args` fills it.
         self.changed: dict[str, Any] = {}
+        # Splits of data sets on the hub; `load_hub` adds them.
+        self.hub_data: list[dict[str, Any]] = []
         self._check_values()
         self.do_train = self.do_train is None or self.do_train
         self._derive_accumulation()
@@ -223,6 +225,7 @@ class RecipeArguments(TrainingArguments):
             local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
             self.dataloader_num_workers = max(0, min(4, len(os.sched_getaffinity(0)) // local_ranks - 1))
         self._derive_compilation()
+        self._derive_upload()
         try:
             super().__post_init__()
         except (ValueError, TypeError) as error:
@@ -381,6 +384,18 @@ class RecipeArguments(TrainingArguments):
             }
         # The Trainer would compile the whole model: images and packed samples, of other sizes in each step, break it.
         self.torch_compile, self.torch_compile_backend, self.torch_compile_mode = False, None, None
+
+    def _derive_upload(self):
+        """`upload_to`, where `finetuning.upload` sends the model, None without --push_to_hub; it settles `upload_private`."""
+        self.upload_to, self.upload_private = None, False
+        if self.push_to_hub:
+            if not self.do_train:
+                raise InputError(
+                    "--push_to_hub with --do_train False: expected one of them; nothing new would be uploaded"
+                )
+            self.upload_to = self.hub_model_id or Path(self.output_dir).resolve().name
+        # The Trainer would upload all of the output folder: rows, answers, paths of this machine.
+        self.push_to_hub = False
 
     def _check_optimizer(self):
         """Builds optimizer and schedule once over a single weight, so that wrong settings are found before a model is loaded."""
@@ -568,4 +583,9 @@ def parse_args(argv: list[str] | None = None, **defaults) -> RecipeArguments:
     args = RecipeArguments(**vars(namespace))
     args.changed = _changed(namespace)
     check_shared_memory(args.dataloader_num_workers, args.per_device_train_batch_size, args.num_crops)
+    if args.upload_to and args.process_index == 0:
+        # Not above: it needs the arguments.
+        from .upload import check_upload
+
+        check_upload(args)
     return args

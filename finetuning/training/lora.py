@@ -42,4 +42,6 @@ def add_lora(model, args: RecipeArguments):
     model = get_peft_model(model, config)
     # Without this PEFT would put the whole frozen lm_head into every adapter file, because lm_head is one of the targets.
     model.save_pretrained = partial(model.save_pretrained, save_embedding_layers=False)
+    # It would add to a card of the user's own, and leave an empty form in each checkpoint; `results/card.py` writes one.
+    model.create_or_update_model_card = lambda _: None
     return model

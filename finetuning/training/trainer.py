@@ -13,6 +13,7 @@ from ..arguments import RecipeArguments
 from ..data.dataset import StartEpoch
 from ..data.sampler import StepSampler
 from ..errors import RunError
+from ..upload import UploadCheckpoint
 from .callbacks import (
     GradientCheck,
     NonFiniteCheck,
@@ -42,6 +43,8 @@ class RecipeTrainer(Trainer):
         self._trained_weights: Path | None = None
         # A signal stops the run once the checkpoint is sealed, so it comes last.
         own = [StartEpoch(), PrepareTraining(), GradientCheck(model), self._nonfinite, self._pending, SealCheckpoint()]
+        if args.upload_to:
+            own.append(UploadCheckpoint())
         super().__init__(model=model, args=args, callbacks=[*own, *callbacks, StopOnSignal()], **kwargs)
         # The model smooths by itself: transformers' smoother shifts the labels of models that it knows by name only.
         self.label_smoother = None
