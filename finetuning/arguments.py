@@ -45,7 +45,7 @@ GROUPS = {
         "recompute",
     ],
     "evaluation": ["eval_split", "eval_size", "per_device_eval_batch_size", "max_new_tokens", "report_rows"],
-    "output": ["output_dir", "do_train", "save_steps", "save_total_limit", "resume_from_checkpoint", "overwrite_output_dir", "on_nonfinite", "disable_tqdm"],
+    "output": ["output_dir", "do_train", "save_steps", "save_total_limit", "resume_from_checkpoint", "overwrite_output_dir", "on_nonfinite", "disable_tqdm", "push_to_hub", "hub_model_id", "hub_private_repo"],
 }  # fmt: skip
 OTHER = "Hugging Face TrainingArguments"
 # Least and most of each number, None for any.
@@ -193,6 +193,14 @@ class RecipeArguments(TrainingArguments):
         metadata={"choices": ["stop", "skip"]},
     )
     disable_tqdm: bool = _switch(False, "no progress bars", aliases=["--no-tqdm", "--no_tqdm"])
+
+    push_to_hub: bool = _switch(
+        False, "upload model, card and report to the Hugging Face hub (docs/model-card.md says what goes there)"
+    )
+    hub_model_id: str | None = _flag(
+        default=None, help="OWNER/NAME of the repository on the hub (default: the name of output_dir)"
+    )
+    hub_private_repo: bool | None = _switch(None, "the repository is private, if --push_to_hub creates it")
 
     logging_steps: float = _flag(default=10, help="optimizer steps between two logged losses")
     logging_first_step: bool = _switch(True, "log the first step too")

@@ -224,6 +224,8 @@ def _commit(args: "RecipeArguments", operations: list[CommitOperationAdd], messa
     )
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return printable(lines[0] if lines else type(error).__name__)
+    text = printable(lines[0] if lines else type(error).__name__).rstrip(".")
+    # The library names the file, and hides what went wrong with it.
+    return f"{text} ({_first_line(error.__cause__)})" if error.__cause__ else text

@@ -222,12 +222,17 @@ class _Handler(BaseHTTPRequestHandler):
         owner = wanted.get("organization") or "me"
         name = wanted["name"] if "/" in wanted["name"] else f"{owner}/{wanted['name']}"
         repo = f"datasets/{name}" if wanted.get("type") == "dataset" else name
-        self.hub.repositories.setdefault(repo, Repository({}, bool(wanted.get("private"))))
+        self.hub.repositories.setdefault(repo, Repository({}, wanted.get("visibility") == "private"))
         self.answer_json({"url": f"{self.hub.endpoint}/{name}", "id": name})
 
     def lfs(self, oid: str, size: int) -> dict:
-        actions = {"upload": {"href": f"{self.hub.endpoint}/lfs/{oid}"}} if oid not in self.hub.objects else {}
-        return {"oid": oid, "size": size, "actions": actions}
+        found = {"oid": oid, "size": size}
+        # As there: of an object that is there already nothing is to be done.
+        return (
+            found
+            if oid in self.hub.objects
+            else {**found, "actions": {"upload": {"href": f"{self.hub.endpoint}/lfs/{oid}"}}}
+        )
 
     def find(self, repo: str, revision: str) -> Repository | None:
         repository = self.hub.repositories.get(repo)
