@@ -394,7 +394,7 @@ class RecipeArguments(TrainingArguments):
         self.torch_compile, self.torch_compile_backend, self.torch_compile_mode = False, None, None
 
     def _derive_upload(self):
-        """`upload_to`, where `finetuning.upload` sends the model, None without --push_to_hub; it settles `upload_private`."""
+        """`upload_to`, where `training/upload.py` sends the model, None without --push_to_hub; it settles `upload_private`."""
         self.upload_to, self.upload_private = None, False
         if self.push_to_hub:
             if not self.do_train:
@@ -591,9 +591,4 @@ def parse_args(argv: list[str] | None = None, **defaults) -> RecipeArguments:
     args = RecipeArguments(**vars(namespace))
     args.changed = _changed(namespace)
     check_shared_memory(args.dataloader_num_workers, args.per_device_train_batch_size, args.num_crops)
-    if args.upload_to and args.process_index == 0:
-        # Not above: it needs the arguments.
-        from .upload import check_upload
-
-        check_upload(args)
     return args

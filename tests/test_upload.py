@@ -18,7 +18,7 @@ from finetuning.data import download
 from finetuning.errors import InputError, RunError
 from finetuning.training.loading import open_model, read_processor
 from finetuning.training.saved import find_saved
-from finetuning.upload import without_paths
+from finetuning.training.upload import without_paths
 
 own_process = pytest.fixture(autouse=True)(recipe.own_process)
 pytestmark = pytest.mark.timeout(240)
@@ -156,7 +156,7 @@ def test_the_name_of_the_folder_is_the_repositorys(hub, tmp_path, monkeypatch):
 
 def refused(monkeypatch, tmp_path, *flags: str) -> str:
     """The one line of a run that ends before it has loaded a model or a row."""
-    monkeypatch.setattr("finetune_hf_trainer_docvqa.load_processor", lambda _: pytest.fail("it went on"))
+    monkeypatch.setattr("finetuning.training.loading.find_saved", lambda *_, **__: pytest.fail("it went on"))
     with pytest.raises(InputError) as caught:
         pushed.run(monkeypatch, pushed.BASE, tmp_path / "out", *PUSH, *flags)
     assert "\n" not in str(caught.value)

@@ -92,7 +92,7 @@ def write_card(args: RecipeArguments, title: str, logs: list[dict[str, Any]], sc
     """
     folder = Path(args.output_dir)
     run = read_run(folder)
-    if run is None or not args.do_train or read_manifest(folder) is None:
+    if run is None or read_manifest(folder) is None or not args.do_train:
         return
     attempts = run.get("attempts", [])
     last: dict[str, Any] = next((attempt for attempt in reversed(attempts) if attempt.get("train_rows")), {})

@@ -18,7 +18,7 @@ from ..data.shown import printable
 from ..errors import Stopped
 from ..training.checkpoint import find_checkpoints
 from ..training.identity import read_run, write_run
-from ..upload import upload_run
+from ..training.upload import upload_run
 from .card import write_card
 from .charts import smooth, thin
 from .classes import class_tables, closed_classes, count_answers

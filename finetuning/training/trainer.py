@@ -13,7 +13,6 @@ from ..arguments import RecipeArguments
 from ..data.dataset import StartEpoch
 from ..data.sampler import StepSampler
 from ..errors import RunError
-from ..upload import UploadCheckpoint
 from .callbacks import (
     GradientCheck,
     NonFiniteCheck,
@@ -25,6 +24,7 @@ from .callbacks import (
 )
 from .checkpoint import final_files, seal
 from .identity import read_run
+from .upload import UploadCheckpoint
 from .weights import load_weights
 
 

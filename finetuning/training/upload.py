@@ -9,7 +9,7 @@ import os
 import re
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import httpx2
 import huggingface_hub
@@ -18,14 +18,12 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import TrainerCallback
 from transformers.trainer_utils import HubStrategy
 
-from .data.download import Progress, fetch
-from .data.shown import printable
-from .errors import InputError, RunError
-from .training.checkpoint import FINAL_FILES, read_manifest
-from .training.identity import RUN, read_run
-
-if TYPE_CHECKING:
-    from .arguments import RecipeArguments
+from ..arguments import RecipeArguments
+from ..data.download import Progress, fetch
+from ..data.shown import printable
+from ..errors import InputError, RunError
+from .checkpoint import FINAL_FILES, read_manifest
+from .identity import RUN, read_run
 
 # Of the final weights' files; the first holds settings as a pickle, the second the paths of checkpoints.
 KEPT_HERE = {"training_args.bin", "trainer_state.json"}
@@ -39,7 +37,7 @@ UPLOAD_ERRORS = (OSError, httpx2.HTTPError, HfHubHTTPError, ValueError, RuntimeE
 SECONDS = 120  # for one answer of the hub, which may be long in writing a commit
 
 
-def check_upload(args: "RecipeArguments") -> None:
+def check_upload(args: RecipeArguments) -> None:
     """Creates the repository, or finds it, before anything expensive; settles `args.upload_to` and `args.upload_private`.
 
     Raises:
@@ -93,18 +91,18 @@ def check_upload(args: "RecipeArguments") -> None:
         )
 
 
-def upload_run(args: "RecipeArguments") -> None:
+def upload_run(args: RecipeArguments) -> None:
     """Uploads a finished run; a run that is not, or one without --push_to_hub, stays here. Called by the first rank.
 
     Raises:
         RunError: if that fails; the same command started again only uploads.
     """
-    if not args.upload_to:
-        return
     folder = Path(args.output_dir)
+    if read_manifest(folder) is None or not args.upload_to:
+        return
     run = read_run(folder) or {}
     attempts = run.get("attempts") or [{}]
-    if read_manifest(folder) is None or attempts[-1].get("state") != "finished":
+    if attempts[-1].get("state") != "finished":
         return
     shows_rows = args.upload_private or not args.data_dir
     try:
@@ -171,7 +169,7 @@ class UploadCheckpoint(TrainerCallback):
             print(f"warning: {folder.name} was not uploaded: {_first_line(error)}; training goes on", flush=True)
 
 
-def run_files(args: "RecipeArguments", folder: Path, shows_rows: bool) -> list[CommitOperationAdd]:
+def run_files(args: RecipeArguments, folder: Path, shows_rows: bool) -> list[CommitOperationAdd]:
     """What is uploaded of a folder: weights, processor, card, curves, and the report if it may show rows."""
     wanted = [*FINAL_FILES, "README.md", "curves.png", *(SHOWING_ROWS if shows_rows else ())]
     found = {path for pattern in wanted for path in folder.glob(pattern) if path.is_file()}
@@ -184,7 +182,7 @@ def run_files(args: "RecipeArguments", folder: Path, shows_rows: bool) -> list[C
     return operations
 
 
-def without_paths(text: str, args: "RecipeArguments") -> str:
+def without_paths(text: str, args: RecipeArguments) -> str:
     """A text in which the folders of the run are called by their own names, and the working and home folder by `.` and `~`."""
     folders = {os.getcwd(): ".", os.path.expanduser("~"): "~"}
     for given in (args.output_dir, args.data_dir, args.model_name_or_path):
@@ -214,7 +212,7 @@ def _public_run(run: dict[str, Any]) -> CommitOperationAdd:
     return CommitOperationAdd(RUN, (json.dumps(kept, indent=1) + "\n").encode())
 
 
-def _commit(args: "RecipeArguments", operations: list[CommitOperationAdd], message: str) -> str:
+def _commit(args: RecipeArguments, operations: list[CommitOperationAdd], message: str) -> str:
     # The client of a download gives up after seconds.
     huggingface_hub.set_client_factory(lambda: httpx2.Client(follow_redirects=True, timeout=SECONDS))
     return (
