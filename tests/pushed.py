@@ -15,22 +15,23 @@ STRATEGIES = {
 }
 BASE, PUSHED = "me/tiny", "me/pushed"
 
+SMALL = [
+    "--num_crops",
+    "1",
+    "--batch_size",
+    "4",
+    "--max_steps",
+    "2",
+    "--max_new_tokens",
+    "8",
+    "--no-tqdm",
+    "--warmup_steps",
+    "0",
+]
+
 
 def run(monkeypatch, model: str | Path, output: Path, *flags: str) -> Path:
     """Two steps on six rows; all rows are answered in eight tokens."""
-    small = [
-        "--num_crops",
-        "1",
-        "--batch_size",
-        "4",
-        "--max_steps",
-        "2",
-        "--max_new_tokens",
-        "8",
-        "--no-tqdm",
-        "--warmup_steps",
-        "0",
-    ]
     given = [
         "--model_name_or_path",
         str(model),
@@ -38,7 +39,7 @@ def run(monkeypatch, model: str | Path, output: Path, *flags: str) -> Path:
         str(output),
         "--dataloader_num_workers",
         "0",
-        *small,
+        *SMALL,
         *flags,
     ]
     monkeypatch.setattr(sys, "argv", ["finetune_hf_trainer_docvqa.py", *given])

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import huggingface_hub
@@ -149,6 +151,30 @@ def test_the_name_of_the_folder_is_the_repositorys(hub, tmp_path, monkeypatch):
         monkeypatch, pushed.BASE, tmp_path / "mine", "--push_to_hub", "--hub_token", TOKEN, *pushed.STRATEGIES["lora"]
     )
     assert "README.md" in hub.repositories["me/mine"].files
+
+
+def test_two_processes_push_once(hub, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    flags = [
+        "--model_name_or_path",
+        pushed.BASE,
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--dataloader_num_workers",
+        "0",
+    ]
+    environment = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "ranks"), "HF_HUB_DISABLE_XET": "1"}
+    launched = {name: value for name, value in os.environ.items() if name not in recipe.LAUNCHER}
+    found = subprocess.run(
+        [*command, pushed.script.__file__, *flags, *pushed.SMALL, *PUSH, *pushed.STRATEGIES["lora"]],
+        capture_output=True,
+        text=True,
+        env={**launched, **environment, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert found.returncode == 0, found.stderr
+    assert hub.commits == ["Weights of checkpoint-2", "Fine-tuned model, card and report"]
+    assert files(hub).keys() == ALWAYS | ADAPTER | {"report.html"}
+    assert TOKEN not in found.stdout + found.stderr
 
 
 # ---- what goes wrong

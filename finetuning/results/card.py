@@ -40,6 +40,7 @@ Merged from the adapter {{ merged }}; weights in {{ dtype }}.
 
 {{ scores or "Nothing was answered." }}
 {% if scores %}
+
 On {{ answered }}; 95% bootstrap intervals over rows.{{ " Measured with the adapter, before it was merged." if merged }}
 {% endif %}
 
@@ -173,7 +174,7 @@ def save_card(folder: Path, facts: dict[str, Any]) -> None:
         print(f"{path} is none that was written here, or was edited since: it is left as it is", flush=True)
         return
     # Not ModelCard.save, which reads the text back and leaves out what it does not know.
-    text = f"---\n{card_data(facts).to_yaml()}\n---\n\n{_render(facts)}\n"
+    text = f"---\n{card_data(facts).to_yaml()}\n---\n\n{_render(facts)}\n\n"
     aside = path.with_name(f"{CARD}.part")
     aside.write_text(text + SIGNED.format(digest=_digest(text)), encoding="utf-8", newline="\n")
     aside.replace(path)

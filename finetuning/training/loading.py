@@ -32,7 +32,7 @@ def load_processor(args: RecipeArguments) -> Phi3VProcessor:
     Raises:
         InputError: if nothing could be uploaded there, the model cannot be fetched, the folder holds no processor, or another model's.
     """
-    if args.upload_to and args.process_index == 0:
+    if args.upload_to:
         # Before gigabytes are fetched in vain.
         check_upload(args)
     saved = find_saved(args.model_name_or_path, fetches=args.local_process_index == 0)

@@ -40,16 +40,19 @@ SECONDS = 120  # for one answer of the hub, which may be long in writing a commi
 def check_upload(args: RecipeArguments) -> None:
     """Creates the repository, or finds it, before anything expensive; settles `args.upload_to` and `args.upload_private`.
 
+    All ranks call it together; the first one asks, and it alone knows afterwards.
+
     Raises:
         InputError: without a login, connection or right to write there, or if a public repository would get checkpoints.
     """
     name = str(args.upload_to)
-    if huggingface_hub.get_token() is None:
+    first = args.process_index == 0
+    if first and huggingface_hub.get_token() is None:
         raise InputError(
             f"--push_to_hub: expected a login, found no token; run `hf auth login` or set HF_TOKEN (a token that may write, "
             f"made at {constants.ENDPOINT}/settings/tokens)"
         )
-    if huggingface_hub.is_offline_mode():
+    if first and huggingface_hub.is_offline_mode():
         raise InputError(
             "--push_to_hub: expected a connection, found HF_HUB_OFFLINE set; unset it, or leave the flag out"
         )
@@ -77,14 +80,16 @@ def check_upload(args: RecipeArguments) -> None:
 
     outcome: Any = fetch(
         f"--push_to_hub to {printable(name)}",
-        lambda: found[0] if found else None,
+        lambda: (found[0] if found else None) if first else (name, False),
         work,
         "leave --push_to_hub out: `hf upload` sends the folder later",
+        first,
     )
     if isinstance(outcome, InputError):
         raise outcome
     args.upload_to, args.upload_private = outcome
-    if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS) and not args.upload_private:
+    to_be_private = args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS)
+    if first and to_be_private and not args.upload_private:
         raise InputError(
             f"--hub_strategy {HubStrategy(args.hub_strategy).value}: expected a private repository, since checkpoints hold paths of this "
             f"machine, found the public {args.upload_to}; give --hub_private_repo and a new --hub_model_id, or another strategy"

@@ -99,7 +99,7 @@ def test_the_card_of_a_run(strategy, model, pages, tmp_path, monkeypatch, capsys
 def test_the_card_says_score_interval_data_and_licence(tmp_path):
     card.save_card(tmp_path, FACTS)
     text, found = (tmp_path / "README.md").read_text(), ModelCard.load(tmp_path / "README.md").data
-    assert "| ANLS | 0.250 (0.125 – 0.375) | 0.750 (0.625 – 0.875) |\n| answers | 200 | 200 |" in text
+    assert "| ANLS | 0.250 (0.125 – 0.375) | 0.750 (0.625 – 0.875) |\n| answers | 200 | 200 |\n\nOn nielsr" in text
     assert found.eval_results == [
         EvalResult(
             task_type="image-text-to-text",
