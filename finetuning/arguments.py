@@ -57,7 +57,7 @@ GROUPS = {
         "load_best_model_at_end",
         "early_stopping_patience",
     ],
-    "output": ["output_dir", "do_train", "save_steps", "save_total_limit", "resume_from_checkpoint", "overwrite_output_dir", "on_nonfinite", "disable_tqdm"],
+    "output": ["output_dir", "do_train", "save_steps", "save_total_limit", "resume_from_checkpoint", "overwrite_output_dir", "on_nonfinite", "disable_tqdm", "push_to_hub", "hub_model_id", "hub_private_repo"],
 }  # fmt: skip
 OTHER = "Hugging Face TrainingArguments"
 # Least and most of each number, None for any.
@@ -216,6 +216,14 @@ class RecipeArguments(TrainingArguments):
     )
     disable_tqdm: bool = _switch(False, "no progress bars", aliases=["--no-tqdm", "--no_tqdm"])
 
+    push_to_hub: bool = _switch(
+        False, "upload model, card and report to the Hugging Face hub (docs/model-card.md says what goes there)"
+    )
+    hub_model_id: str | None = _flag(
+        default=None, help="OWNER/NAME of the repository on the hub (default: the name of output_dir)"
+    )
+    hub_private_repo: bool | None = _switch(None, "the repository is private, if --push_to_hub creates it")
+
     logging_steps: float = _flag(default=10, help="optimizer steps between two logged losses")
     logging_first_step: bool = _switch(True, "log the first step too")
     # Off: costs a GPU synchronisation in each micro-batch.
@@ -236,6 +244,8 @@ class RecipeArguments(TrainingArguments):
     def __post_init__(self):
         # What was chosen, as the flags are named; `parse_args` fills it.
         self.changed: dict[str, Any] = {}
+        # Splits of data sets on the hub; `load_hub` adds them.
+        self.hub_data: list[dict[str, Any]] = []
         self._check_values()
         self._check_trackers()
         self.do_train = self.do_train is None or self.do_train
@@ -249,6 +259,7 @@ class RecipeArguments(TrainingArguments):
             local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
             self.dataloader_num_workers = max(0, min(4, len(os.sched_getaffinity(0)) // local_ranks - 1))
         self._derive_compilation()
+        self._derive_upload()
         try:
             super().__post_init__()
         except (ValueError, TypeError) as error:
@@ -436,6 +447,18 @@ class RecipeArguments(TrainingArguments):
             }
         # The Trainer would compile the whole model: images and packed samples, of other sizes in each step, break it.
         self.torch_compile, self.torch_compile_backend, self.torch_compile_mode = False, None, None
+
+    def _derive_upload(self):
+        """`upload_to`, where `training/upload.py` sends the model, None without --push_to_hub; it settles `upload_private`."""
+        self.upload_to, self.upload_private = None, False
+        if self.push_to_hub:
+            if not self.do_train:
+                raise InputError(
+                    "--push_to_hub with --do_train False: expected one of them; nothing new would be uploaded"
+                )
+            self.upload_to = self.hub_model_id or Path(self.output_dir).resolve().name
+        # The Trainer would upload all of the output folder: rows, answers, paths of this machine.
+        self.push_to_hub = False
 
     def _check_optimizer(self):
         """Builds optimizer and schedule once over a single weight, so that wrong settings are found before a model is loaded."""

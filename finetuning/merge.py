@@ -28,7 +28,9 @@ from .arguments import check_model_name
 from .environment import prepare_process
 from .errors import InputError, RunError, run_script
 from .results.answering import precision
+from .results.card import write_merged_card
 from .results.predictions import PREDICTIONS, read_predictions
+from .training.identity import read_run
 from .training.loading import open_model, read_adapter, read_model, read_processor, stored_dtype, trained_dtype
 from .training.saved import SavedModel, find_saved
 
@@ -219,6 +221,8 @@ def main() -> None:
             f"({share:.1%} of their spread), {same} of {QUESTIONS} answers the same",
             flush=True,
         )
+    dtype_name = str(dtype).removeprefix("torch.")
+    write_merged_card(part, args.to, args.adapter, saved.base, read_run(saved.adapter) or {}, dtype_name)
     if args.to.exists():
         args.to.rmdir()
     os.replace(part, args.to)

@@ -6,7 +6,8 @@
         environment = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path)}
 
 It serves repositories of one branch, `main`: repository info, the file tree, files (HEAD, GET with Range), and takes uploads
-(create a repository, preupload, commit of small files). Everything asked of it is in `hub.requests`.
+(create a repository, preupload, LFS objects, commit) of those that hold a token, if `hub.token` is set. Everything asked of it
+is in `hub.requests`.
 """
 
 import base64
@@ -25,6 +26,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import datasets
+import huggingface_hub
 import pyarrow.parquet
 from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
@@ -58,8 +61,8 @@ class Fault:
 class Repository:
     """Files of a repository at its newest commit."""
 
-    def __init__(self, files: dict[str, bytes]):
-        self.files = dict(files)
+    def __init__(self, files: dict[str, bytes], private: bool = False):
+        self.files, self.private = dict(files), private
 
     @property
     def commit(self) -> str:
@@ -98,6 +101,11 @@ class Hub:
         self.repositories: dict[str, Repository] = {}
         self.fault: Fault | None = None
         self.requests: list[str] = []
+        # The only token that may write; None: none is asked for.
+        self.token: str | None = None
+        # LFS objects by their SHA-256, and the messages of all commits.
+        self.objects: dict[str, bytes] = {}
+        self.commits: list[str] = []
         # Bytes of bodies that were sent, and how long a slow one takes.
         self.sent, self.seconds = 0, 4.0
         self.closing = threading.Event()
@@ -128,6 +136,21 @@ class Hub:
         self.server.server_close()
 
 
+def use(endpoint: str, home: Path, monkeypatch) -> Path:
+    """Makes a hub the endpoint, with an empty cache in `home`; both are read at import, so they are set afterwards."""
+    for name, value in (("ENDPOINT", endpoint), ("HF_HOME", str(home)), ("HF_HUB_CACHE", str(home / "hub"))):
+        monkeypatch.setattr(huggingface_hub.constants, name, value)
+    template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(home / "token"))
+    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", endpoint)
+    monkeypatch.setattr(datasets.config, "HUB_DATASETS_URL", endpoint + "/datasets/{repo_id}/resolve/{revision}/{path}")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", home / "datasets")
+    monkeypatch.setattr(datasets.config, "DOWNLOADED_DATASETS_PATH", home / "datasets" / "downloads")
+    huggingface_hub.close_session()
+    return home
+
+
 class _Handler(BaseHTTPRequestHandler):
     hub: Hub
     protocol_version = "HTTP/1.1"
@@ -143,6 +166,23 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         self.serve(self.rfile.read(int(self.headers.get("Content-Length", 0))))
+
+    def do_PUT(self):
+        data = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        path = urlsplit(self.path).path
+        self.hub.requests.append(f"PUT {path}")
+        self.fault = self.hub.take_fault(path)
+        if self.fault and self.fault.isdigit():
+            self.answer(int(self.fault), b"", {})
+        else:
+            self.hub.objects[path.rsplit("/", 1)[1]] = data
+            self.answer(200, b"", {})
+
+    def may_write(self) -> bool:
+        if self.hub.token is None or self.headers.get("Authorization") == f"Bearer {self.hub.token}":
+            return True
+        self.answer(401, b'{"error": "Invalid username or password."}', {})
+        return False
 
     def serve(self, sent: bytes = b""):
         url = urlsplit(self.path)
@@ -163,20 +203,36 @@ class _Handler(BaseHTTPRequestHandler):
             query = {key: values[-1] for key, values in parse_qs(url.query).items()}
             self.call(api, query, sent)
         elif path == "/api/repos/create":
-            wanted = json.loads(sent)
-            kind, name = (
-                wanted.get("type", "model"),
-                "/".join(filter(None, (wanted.get("organization"), wanted["name"]))),
-            )
-            name = name if "/" in name else f"me/{name}"
-            self.hub.repositories.setdefault(f"datasets/{name}" if kind == "dataset" else name, Repository({}))
-            self.answer_json({"url": f"{self.hub.endpoint}/{name}", "id": name})
+            if self.may_write():
+                self.create(json.loads(sent))
+        elif path.endswith(".git/info/lfs/objects/batch"):
+            if self.may_write():
+                wanted = json.loads(sent)["objects"]
+                self.answer_json(
+                    {"transfer": "basic", "objects": [self.lfs(found["oid"], found["size"]) for found in wanted]}
+                )
         elif path == "/api/validate-yaml":
             self.answer_json({"errors": [], "warnings": []})
         elif path == "/api/whoami-v2":
             self.answer_json({"name": "me", "type": "user", "orgs": []})
         else:
             self.answer(404, b"", {"X-Error-Code": "RepoNotFound"})
+
+    def create(self, wanted: dict):
+        owner = wanted.get("organization") or "me"
+        name = wanted["name"] if "/" in wanted["name"] else f"{owner}/{wanted['name']}"
+        repo = f"datasets/{name}" if wanted.get("type") == "dataset" else name
+        self.hub.repositories.setdefault(repo, Repository({}, wanted.get("visibility") == "private"))
+        self.answer_json({"url": f"{self.hub.endpoint}/{name}", "id": name})
+
+    def lfs(self, oid: str, size: int) -> dict:
+        found = {"oid": oid, "size": size}
+        # As there: of an object that is there already nothing is to be done.
+        return (
+            found
+            if oid in self.hub.objects
+            else {**found, "actions": {"upload": {"href": f"{self.hub.endpoint}/lfs/{oid}"}}}
+        )
 
     def find(self, repo: str, revision: str) -> Repository | None:
         repository = self.hub.repositories.get(repo)
@@ -194,7 +250,7 @@ class _Handler(BaseHTTPRequestHandler):
         if repository is None:
             return
         if call in (None, "revision"):
-            info = {"id": name, "sha": repository.commit, "private": False, "tags": [], "downloads": 0}
+            info = {"id": name, "sha": repository.commit, "private": repository.private, "tags": [], "downloads": 0}
             self.answer_json({**info, "siblings": [{"rfilename": path} for path in repository.files]})
         elif call == "tree":
             recursive = query.get("recursive", "").lower() in ("true", "1")
@@ -210,17 +266,22 @@ class _Handler(BaseHTTPRequestHandler):
             self.answer_json(entries + [{"type": "directory", "path": path, "oid": "0" * 40} for path in folders])
         elif call == "preupload":
             files = json.loads(sent)["files"]
-            self.answer_json({"files": [{**file, "uploadMode": "regular", "shouldIgnore": False} for file in files]})
-        elif call == "commit":
+            modes = [{**file, "uploadMode": "lfs" if file["size"] >= LFS_FROM else "regular"} for file in files]
+            self.answer_json({"files": [{**file, "shouldIgnore": False} for file in modes]})
+        elif call == "commit" and self.may_write():
             for line in map(json.loads, sent.splitlines()):
                 value = line["value"]
-                if line["key"] == "file":
+                if line["key"] == "header":
+                    self.hub.commits.append(value["summary"])
+                elif line["key"] == "file":
                     repository.files[value["path"]] = base64.b64decode(value["content"])
+                elif line["key"] == "lfsFile":
+                    repository.files[value["path"]] = self.hub.objects[value["oid"]]
                 elif line["key"] == "deletedFile":
                     repository.files.pop(value["path"], None)
             url = f"{self.hub.endpoint}/{name}/commit/{repository.commit}"
             self.answer_json({"commitUrl": url, "commitOid": repository.commit, "success": True})
-        else:
+        elif call != "commit":
             self.answer(404, b"", {"X-Error-Code": "EntryNotFound"})
 
     def send_repository_file(self, repo: str, revision: str, path: str):

@@ -12,7 +12,7 @@ import datasets
 import huggingface_hub
 import pytest
 import recipe
-from hub import Fault, Hub, card, cauldron, docvqa, folder_files, parquet, png
+from hub import Fault, Hub, card, cauldron, docvqa, folder_files, parquet, png, use
 
 import convert_ucf101
 import finetune_hf_trainer_docvqa
@@ -58,20 +58,6 @@ def hub(contents):
 def home(hub, tmp_path, monkeypatch) -> Path:
     """An empty cache, and the hub of the test as the endpoint; both are read at import, so they are set afterwards."""
     return use(hub.endpoint, tmp_path / "home", monkeypatch)
-
-
-def use(endpoint: str, home: Path, monkeypatch) -> Path:
-    for name, value in (("ENDPOINT", endpoint), ("HF_HOME", str(home)), ("HF_HUB_CACHE", str(home / "hub"))):
-        monkeypatch.setattr(huggingface_hub.constants, name, value)
-    template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(home / "token"))
-    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", endpoint)
-    monkeypatch.setattr(datasets.config, "HUB_DATASETS_URL", endpoint + "/datasets/{repo_id}/resolve/{revision}/{path}")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", home / "datasets")
-    monkeypatch.setattr(datasets.config, "DOWNLOADED_DATASETS_PATH", home / "datasets" / "downloads")
-    huggingface_hub.close_session()
-    return home
 
 
 @pytest.fixture

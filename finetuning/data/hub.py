@@ -20,7 +20,7 @@ MODEL_FILES = [
     *("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
     *("chat_template.jinja", "chat_template.json", "model.safetensors.index.json", "*.safetensors"),
-    "adapter_config.json",
+    *("adapter_config.json", "run.json"),
 ]
 
 
@@ -51,6 +51,7 @@ def load_hub(args: "RecipeArguments", name: str, config: str | None = None, spli
             dataset = dataset.cast_column(column, Image(decode=False))
         if isinstance(feature, List) and isinstance(feature.feature, Image):
             dataset = dataset.cast_column(column, List(Image(decode=False)))
+    args.hub_data.append({"name": name, "config": config, "split": split})
     if "id" not in dataset.column_names:
         dataset = dataset.add_column("id", [f"{config or split}-{index}" for index in range(len(dataset))])
     return dataset

@@ -18,6 +18,8 @@ from ..data.shown import printable
 from ..errors import Stopped
 from ..training.checkpoint import find_checkpoints
 from ..training.identity import read_run, write_run
+from ..training.upload import upload_run
+from .card import write_card
 from .charts import smooth, thin
 from .classes import class_tables, closed_classes, count_answers
 from .curves import finite_logs, more_charts, points_of, run_charts, score_points
@@ -237,6 +239,8 @@ def write_report(
         data=data,
     )
     print(f"report -> {folder / REPORT}", flush=True)
+    write_card(args, title, logs, stats)
+    upload_run(args)
 
 
 def _read_logs(folder: Path) -> list[dict[str, Any]]:

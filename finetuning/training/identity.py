@@ -130,7 +130,7 @@ def read_run(folder: Path) -> dict[str, Any] | None:
     try:
         record = json.loads((folder / RUN).read_text(encoding="utf-8"))
         return record if {"script", "settings", "spread", "rows", "started"} <= record.keys() else None
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return None
 
 

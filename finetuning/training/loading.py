@@ -20,17 +20,21 @@ from ..errors import InputError
 from .lora import add_lora, nf4
 from .model_folder import check_model_folder
 from .saved import SavedModel, find_saved
+from .upload import check_upload
 
 
 def load_processor(args: RecipeArguments) -> Phi3VProcessor:
     """Processor of the model, with the run's num_crops; settles `args.max_length` by what the model can take.
 
     A model on the hub is fetched as a whole. An adapter may stand in a model's place where nothing is trained
-    (`args.use_lora` is then set).
+    (`args.use_lora` is then set). With --push_to_hub the repository is created before that.
 
     Raises:
-        InputError: if the model cannot be fetched, the folder holds no processor, or another model's.
+        InputError: if nothing could be uploaded there, the model cannot be fetched, the folder holds no processor, or another model's.
     """
+    if args.upload_to:
+        # Before gigabytes are fetched in vain.
+        check_upload(args)
     saved = find_saved(args.model_name_or_path, fetches=args.local_process_index == 0)
     if saved.adapter:
         if args.do_train:

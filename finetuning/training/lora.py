@@ -54,6 +54,8 @@ def add_lora(model, args: RecipeArguments):
     )
     model = get_peft_model(model, config)
     model.save_pretrained = partial(_save_adapter, model.save_pretrained)
+    # It would add to a card of the user's own, and leave an empty form in each checkpoint; `results/card.py` writes one.
+    model.create_or_update_model_card = lambda _: None
     return model
 
 

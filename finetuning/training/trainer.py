@@ -27,6 +27,7 @@ from .checkpoint import final_files, seal
 from .identity import read_run
 from .progress import Progress
 from .trackers import log_answers, write_beside_the_run
+from .upload import UploadCheckpoint
 from .weights import load_weights
 
 
@@ -60,6 +61,8 @@ class RecipeTrainer(Trainer):
         self._trained_weights: Path | None = None
         # A signal stops the run once the checkpoint is sealed, so it comes last.
         own = [StartEpoch(), PrepareTraining(), GradientCheck(model), self._nonfinite, self._pending, SealCheckpoint()]
+        if args.upload_to:
+            own.append(UploadCheckpoint())
         callbacks = [*own, *callbacks, self._progress, StopOnSignal()]
         super().__init__(model=model, args=args, eval_dataset=eval_dataset, callbacks=callbacks, **kwargs)
         for printed in (PrinterCallback, DEFAULT_PROGRESS_CALLBACK):

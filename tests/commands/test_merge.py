@@ -8,6 +8,7 @@ import recipe
 import saved
 import tiny
 import torch
+from huggingface_hub import ModelCard
 
 from finetuning import merge
 from finetuning.errors import RunError
@@ -43,6 +44,11 @@ def test_a_merged_model_says_what_the_adapter_says(flags, base, tmp_path, monkey
     names = {path.name for path in (tmp_path / "merged").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "preprocessor_config.json"} <= names
     assert not names & {"adapter_config.json", "adapter_model.safetensors"}
+    found = ModelCard.load(tmp_path / "merged/README.md")
+    assert (found.data.base_model_relation, found.data.library_name) == ("finetune", "transformers")
+    assert "# merged\n" in found.text
+    assert "Merged from the adapter adapter; weights in float32." in found.text
+    assert str(tmp_path) not in found.content
 
 
 def test_weights_are_rounded_once(tmp_path, monkeypatch):
