@@ -10,7 +10,6 @@ With --data, each picture of a folder or pattern is asked about by itself; a jso
 Answers are greedy, in the precision and with the crops that the model was trained with.
 """
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from accelerate import PartialState
 from transformers.utils import logging
 
 from .arguments import check_model_name
+from .command_line import CommandParser
 from .data.dataset import build_dataset
 from .data.fingerprint import digest
 from .data.images import image_size
@@ -68,23 +68,13 @@ class AskArguments:
     do_train: bool = False
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise InputError(f"{message} (--help lists all flags)")
-
-
 def parse_args(argv: list[str] | None = None) -> AskArguments:
     """The arguments, checked as far as that needs no model.
 
     Raises:
         InputError: for a wrong call.
     """
-    parser = _Parser(
-        prog="python -m finetuning.ask",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = CommandParser("ask", __doc__)
     add = parser.add_argument
     add("folder", help="model, adapter, output folder or checkpoint-N; or ORGANISATION/NAME on the hub")
     add("question", nargs="?", help="left out: a chat in the terminal")

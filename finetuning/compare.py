@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from .command_line import CommandParser
 from .data.shown import printable
 from .errors import InputError
 from .results.charts import COLOURS, Chart, Line, line_chart
@@ -29,9 +30,7 @@ MOST_RUNS = COLOURS
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The arguments of the command line, checked."""
-    parser = argparse.ArgumentParser(
-        prog="python -m finetuning.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser("compare", __doc__)
     parser.add_argument("runs", type=Path, nargs="+", help="output folders, or report.html files, at least two")
     parser.add_argument("--out", type=Path, default=Path("compare.html"), help="page that is written")
     args = parser.parse_args(argv)

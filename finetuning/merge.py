@@ -25,6 +25,7 @@ from transformers.utils import logging
 from phi3v import Phi3VProcessor
 
 from .arguments import check_model_name
+from .command_line import CommandParser
 from .environment import prepare_process
 from .errors import InputError, RunError, run_script
 from .results.answering import precision
@@ -52,23 +53,13 @@ class Said:
     answers: list[list[int]]
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise InputError(f"{message} (--help says what is taken)")
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The arguments, checked as far as that needs no model.
 
     Raises:
         InputError: for a wrong call.
     """
-    parser = _Parser(
-        prog="python -m finetuning.merge",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = CommandParser("merge", __doc__)
     parser.add_argument("adapter", help="output folder or checkpoint-N of a LoRA or QLoRA run")
     parser.add_argument("to", type=Path, help="new folder for the merged model")
     parser.add_argument("--base", help="base model, if it is not where adapter_config.json says")

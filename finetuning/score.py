@@ -8,7 +8,6 @@ report.html, by default into the folder score-NAME beside the model's. Precision
 that saved the model; all other flags are the script's.
 """
 
-import argparse
 import os
 import sys
 from pathlib import Path
@@ -16,14 +15,10 @@ from pathlib import Path
 import torch
 
 from .arguments import check_model_name
-from .errors import InputError, run_script
+from .command_line import CommandParser
+from .errors import run_script
 from .task_script import load_script
 from .training.saved import find_saved
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise InputError(f"{message} (--help says what is taken)")
 
 
 def script_flags(folder: str, given: list[str]) -> list[str]:
@@ -57,13 +52,7 @@ def default_output_dir(folder: str) -> str:
 
 def main() -> None:
     """Scores what the command line says."""
-    parser = _Parser(
-        prog="python -m finetuning.score",
-        usage="%(prog)s FOLDER --task TASK [flags of the task's script]",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = CommandParser("score", __doc__, usage="%(prog)s FOLDER --task TASK [flags of the task's script]")
     parser.add_argument("folder", help="model, adapter, output folder or checkpoint-N; or ORGANISATION/NAME on the hub")
     parser.add_argument(
         "--task", required=True, help="docvqa, hateful_memes, nlvr2, ucf101, or the path of a script of your own"

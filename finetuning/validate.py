@@ -34,6 +34,7 @@ from phi3v import Phi3VImageProcessor, Phi3VProcessor
 from phi3v.image_processing_phi3_v import MAX_NUM_CROPS, hd_size, padded_size
 from phi3v.processing_phi3_v import find_tags
 
+from .command_line import CommandParser
 from .data.conversation import check_conversation, control_tokens, to_messages
 from .data.formats import (
     SPLITS,
@@ -357,14 +358,9 @@ def format_table(summaries: dict[str, dict[str, Any]]) -> str:
     return "\n".join(row[0].ljust(first) + "".join(f"  {cell:>{width}}" for cell in row[1:]) for row in rows)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise InputError(f"{message} (--help lists all flags)")
-
-
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """The flags of `python -m finetuning.validate`."""
-    parser = _Parser(prog="python -m finetuning.validate", description=__doc__.splitlines()[0])
+    parser = CommandParser("validate", __doc__)
     add = parser.add_argument
     add("data_dir", type=Path, help="folder with jsonl files, or with json files that hold a list")
     task = f"rows of a task's own form: {', '.join(TASKS)}, or the path of a script of your own"
