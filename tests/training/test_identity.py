@@ -166,7 +166,7 @@ def test_weights_that_are_replaced_in_place_are_another_model(tmp_path):
     assert difference.startswith("weights of the model ")
 
 
-@pytest.mark.parametrize("name", ["config.json", "processor_config.json", "tokenizer.json"])
+@pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json", "tokenizer.json"])
 def test_other_files_of_the_model_count(tmp_path, name):
     folder = recipe.model_folder(tmp_path / "model")
     before = identify_model(str(folder))
