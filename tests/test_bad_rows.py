@@ -19,7 +19,9 @@ def check_as_training_does(folder, task: str) -> None:
     """What a data set checks of its rows before a model is loaded."""
     script = importlib.import_module(f"finetune_hf_trainer_{task}")
     control = control_tokens(tiny.processor().tokenizer)
-    for rows in script.load_splits(SimpleNamespace(data_dir=str(folder), eval_split=None, full_train=False)):
+    for rows in script.load_splits(
+        SimpleNamespace(data_dir=str(folder), eval_split=None, full_train=False, do_train=True)
+    ):
         conversations = []
         for index, row in enumerate(rows):
             try:

@@ -299,7 +299,15 @@ def test_a_bad_sample_is_found_before_training(case, tmp_path):
     turns, named = REFUSED[case]
     bad = Conversation("row-17", turns(tmp_path))
     rows = [CONVERSATIONS["one image"], bad, Conversation("row-18", [])]
-    args = SimpleNamespace(on_bad_row="stop", max_bad_rows=None, eval_size=None, data_dir=None, max_length=120, seed=0)
+    values = {
+        "on_bad_row": "stop",
+        "max_bad_rows": None,
+        "eval_size": None,
+        "data_dir": None,
+        "max_length": 120,
+        "seed": 0,
+    }
+    args = SimpleNamespace(do_train=True, **values)
     with pytest.raises(InputError, match=r"^row 2: sample row-17") as caught:
         build_dataset(rows, lambda row: row, processor(), args, "train")
     assert named in str(caught.value)

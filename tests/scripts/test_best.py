@@ -16,11 +16,11 @@ STRATEGIES = {
     "LoRA": ["--use_lora", "--lora_rank", "4"],
     "QLoRA": ["--use_lora", "--use_qlora", "--lora_rank", "4"],
 }
-SAVE = "    trainer.save_model()\n"
+SAVE = "        trainer.save_model()\n"
 # What a rank has after training, as a number.
 TELL = (
-    "    total = sum(p.detach().double().abs().sum() for p in model.parameters() if p.requires_grad)\n"
-    '    print(f"rank {args.process_index} ends with {float(total)!r}", flush=True)\n'
+    "        total = sum(p.detach().double().abs().sum() for p in model.parameters() if p.requires_grad)\n"
+    '        print(f"rank {args.process_index} ends with {float(total)!r}", flush=True)\n'
 )
 # A random model's ANLS is 0 at each step; this goes up and down with its answers.
 SCORE = '    return {"anls": sum(anls(item.answer, item.references) for item in predictions) / len(predictions)}\n'

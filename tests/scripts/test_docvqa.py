@@ -292,8 +292,8 @@ def test_a_rank_that_dies_is_replaced(trained, folder, flags):
 
 def test_a_finished_run_says_so(trained, flags):
     run = trained("full")
-    # the page is made again, in case that the run died while it was written
-    made_again = ("report.html", "curves.png", "confusion.png", ".lock")
+    # the page and the card are made again, in case that the run died while they were written; run.json notes each start
+    made_again = ("report.html", "curves.png", "confusion.png", "README.md", "run.json", ".lock")
     before = {path: path.stat().st_mtime_ns for path in run.output.rglob("*") if path.name not in made_again}
     again = torchrun(run.output, *flags)
     assert again.status == 0, again.stderr

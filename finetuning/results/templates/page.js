@@ -281,6 +281,7 @@
       return;
     }
     if (event.target === $("search") && event.key === "Escape") {
+      clearTimeout(timer);
       $("search").value = "";
       update({ q: "" }, () => $("search").blur());
     } else if (event.key === "/" && !field) {
