@@ -3,6 +3,7 @@
 import json
 import resource
 import signal
+import sys
 import threading
 import time
 from contextlib import suppress
@@ -59,12 +60,12 @@ class report_at_end:
 
     Args:
         trainer (RecipeTrainer): its arguments, logs and rows to train on.
-        doc (str): the script's docstring; its first line is the title.
+        doc (str, optional): the script's docstring; its first line is the title.
         eval_dataset (ConversationDataset): the rows that are answered.
         score (Callable): the task's own; its first figure is the main one.
     """
 
-    def __init__(self, trainer, doc: str, eval_dataset: ConversationDataset, score: Score):
+    def __init__(self, trainer, doc: str | None, eval_dataset: ConversationDataset, score: Score):
         self.trainer, self.args, self.doc, self.eval_dataset, self.score = (
             trainer,
             trainer.args,
@@ -147,7 +148,7 @@ def _describe_error(error: BaseException) -> str:
 
 def write_report(
     args: RecipeArguments,
-    doc: str,
+    doc: str | None,
     dataset: ConversationDataset,
     score: Score,
     log_history: list[dict[str, Any]] | None = None,
@@ -167,7 +168,9 @@ def write_report(
     """
     if args.process_index:
         return
-    folder, title = Path(args.output_dir), doc.splitlines()[0]
+    folder = Path(args.output_dir)
+    # A script may have no docstring.
+    title = next(iter((doc or "").strip().splitlines()), Path(sys.argv[0]).name)
     run = read_run(folder) or {}
     logs = log_history or _read_logs(folder)
     if figure := plot_curves(logs):

@@ -572,3 +572,8 @@ def test_a_conversation_is_read_again_for_its_pictures_only(tmp_path):
     args = SimpleNamespace(output_dir=str(tmp_path), process_index=0, report_rows=2)
     write_report(args, "x", ConversationDataset(found, counted, None, [9] * 3), made_run.score)
     assert sorted(calls) == ["r0", "r0", "r1", "r2", "r2"]
+
+
+def test_a_script_without_a_docstring_has_its_name_as_title(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["some/where/my_task.py"])
+    assert "<h1>my_task.py</h1>" in write(tmp_path, rows(1), title=None)
