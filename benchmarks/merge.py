@@ -3,7 +3,7 @@
     python -m benchmarks.merge [--model medium] [--folder /tmp/merge]
 
 Runs `python -m finetuning.merge`, which compares the merged model with the adapter too. Writes benchmarks/results/merge.json.
-Needs 30 GB of disk; with --folder the base is kept for the next time.
+Needs 30 GB of disk; with --folder base and adapter are kept for the next time.
 """
 
 import argparse
@@ -47,8 +47,9 @@ def main() -> None:
         base = build_folder(args.model, folder / f"base-{args.model}", torch.bfloat16)
         gc.collect()
         adapter, merged = folder / f"adapter-{args.model}", folder / f"merged-{args.model}"
-        build_adapter(base, adapter)
-        gc.collect()
+        if not (adapter / "adapter_config.json").exists():
+            build_adapter(base, adapter)
+            gc.collect()
         shutil.rmtree(merged, ignore_errors=True)
         start = time.monotonic()
         command = [sys.executable, "-m", "finetuning.merge", str(adapter), str(merged)]
