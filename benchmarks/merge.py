@@ -1,6 +1,6 @@
 """Merging an adapter of rank 64 into the model in full size (random weights, bf16) on the CPU: peak memory and time.
 
-    python -m benchmarks.merge [--model medium] [--folder /tmp/merge]
+    python -m benchmarks.merge [--model medium] [--folder DIR]
 
 Runs `python -m finetuning.merge`, which compares the merged model with the adapter too. Writes benchmarks/results/merge.json.
 Needs 30 GB of disk; with --folder base and adapter are kept for the next time.

@@ -41,8 +41,8 @@ DEFAULT_QUESTIONS = ("What is written here?", "What is a receipt?", "Name a colo
 QUESTIONS = len(DEFAULT_QUESTIONS)
 NEW_TOKENS = 8
 TIMEOUT = 1800  # seconds
-# Share of the logits' spread by which rounding may move them: 8 bits of bfloat16 over all layers.
-TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.3}
+# Shares of the logits' spread by which rounding may move them, in float32 and in 16 bits over all layers.
+EXACT, ROUNDED = 1e-3, 0.3
 
 
 @dataclass
@@ -72,20 +72,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def merge(saved: SavedModel, dtype: torch.dtype) -> Any:
-    """Base and adapter as one model on the CPU, in `dtype`; at most one layer at a time is held in float32.
+    """Base and adapter as one model on the CPU, rounded once to `dtype`; at most one layer at a time is held in float32.
 
     Args:
         saved (SavedModel): an adapter, as `find_saved` gives it.
         dtype (torch.dtype): of the merged weights.
     """
-    model: Any = read_adapter(read_model(saved, dtype, "sdpa", False, torch.device("cpu")), saved)
+    base = read_model(saved, stored_dtype(saved), "sdpa", False, torch.device("cpu"))
+    model: Any = read_adapter(base, saved)
     layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
     for layer in layers:
         layer.float()
         layer.merge(safe_merge=True)
         layer.to(dtype)
     # Not merge_and_unload, which would merge each layer again in its own dtype.
-    return model.unload()
+    return model.unload().to(dtype)
 
 
 def questions_of(saved: SavedModel) -> list[tuple[str, Image.Image | None]]:
@@ -111,7 +112,7 @@ def say(
 
     Args:
         model: model or PEFT model.
-        processor (Phi3VProcessor): its processor.
+        processor (Phi3VProcessor): its processor; a picture gets one crop, since 17 take minutes on a CPU.
         questions (list): text and picture, or no picture, of each.
         dtype (torch.dtype): what the model computes in.
     """
@@ -120,7 +121,7 @@ def say(
     for text, picture in questions:
         tag = "<|image_1|>\n" if picture else ""
         prompt = processor.apply_chat_template([{"role": "user", "content": tag + text}], add_generation_prompt=True)
-        inputs = processor(prompt, [picture] if picture else None).to(model.device)
+        inputs = processor(prompt, [picture] if picture else None, num_crops=1).to(model.device)
         with precision(model, dtype):
             output = model.generate(
                 **inputs, max_new_tokens=NEW_TOKENS, do_sample=False, return_dict_in_generate=True, output_logits=True
@@ -172,9 +173,6 @@ def main() -> None:
         raise InputError(f"{args.adapter}: expected an adapter, found a whole model, which needs no merging")
     check_disk(saved, args.to)
     processor = read_processor(saved)
-    # For the comparison; on a CPU a picture of 17 crops takes minutes.
-    few_crops = read_processor(saved, num_crops=1)
-    cpu = torch.device("cpu")
     stored = stored_dtype(saved)
     dtype = DTYPES[args.dtype] if args.dtype else stored
     questions = questions_of(saved)
@@ -194,20 +192,23 @@ def main() -> None:
     gc.collect()
 
     # One model at a time.
-    expected = say_and_forget(saved, few_crops, questions, stored, False)
-    found = say_and_forget(find_saved(str(part)), few_crops, questions, dtype, False)
+    expected, bare = say_and_forget(saved, processor, questions, stored, False)
+    found, _ = say_and_forget(find_saved(str(part)), processor, questions, dtype, False)
     deviation, share, same = compare(found, expected)
     print(
         f"held against base and adapter on {QUESTIONS} questions: largest logit deviation {deviation:.2g} "
         f"(mean {share:.1%} of their spread), {same} of {QUESTIONS} answers the same",
         flush=True,
     )
-    if not share < TOLERANCE[torch.float32 if dtype == stored == torch.float32 else torch.bfloat16]:
+    exact = dtype == stored == torch.float32
+    # In 16 bits rounding may be as large as what was learnt: then what counts is whose answers these are.
+    is_base = compare(found, bare)[1] < share / 2
+    if not share < (EXACT if exact else ROUNDED) or is_base:
         raise RunError(
             f"{part}: expected the merged model to say what the adapter says; it is left there, but not used"
         )
     if saved.in_4_bits:
-        quantised = say_and_forget(saved, few_crops, questions, trained_dtype(saved, cpu), True)
+        quantised, _ = say_and_forget(saved, processor, questions, trained_dtype(saved, torch.device("cpu")), True)
         deviation, share, same = compare(found, quantised)
         print(
             f"the adapter was trained over the base in 4 bits; against that: largest logit deviation {deviation:.2g} "
@@ -224,14 +225,17 @@ def main() -> None:
 
 def say_and_forget(
     saved: SavedModel, processor: Phi3VProcessor, questions: list, dtype: torch.dtype, in_4_bits: bool
-) -> Said:
-    """What a saved model says, in float32 where its dtype is no dtype of a CPU's; its memory is given back."""
+) -> tuple[Said, Said]:
+    """What a saved model says, with its adapter and without, in float32 instead of a CPU's float16; its memory is given back."""
     dtype = torch.float32 if dtype == torch.float16 else dtype
     model = open_model(saved, dtype, in_4_bits, torch.device("cpu"))
-    said = say(model, processor, questions, dtype)
+    said = bare = say(model, processor, questions, dtype)
+    if saved.adapter:
+        with model.disable_adapter():
+            bare = say(model, processor, questions, dtype)
     del model
     gc.collect()
-    return said
+    return said, bare
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw
 from transformers.integrations import unset_hf_deepspeed_config
 
 from finetuning.arguments import RecipeArguments, parse_args
+from finetuning.training.signals import stop_signals
 
 ROOT = Path(__file__).parents[1]
 # What torchrun sets, and what the arguments set in its place for one process.
@@ -41,6 +42,7 @@ def own_process(tmp_path, monkeypatch):
     GradientState._reset_state()
     PartialState._reset_state()
     unset_hf_deepspeed_config()
+    stop_signals.__init__()
     transformers.logging.enable_progress_bar()
 
 

@@ -104,7 +104,8 @@ def check_score(
                 f"--eval_strategy {IntervalStrategy(args.eval_strategy).value}: expected rows to answer, found none; raise --eval_size"
             )
         return
-    questions = Prompts(dataset, args.data_dir).questions
+    # Some rows: each of them is read for it.
+    questions = Prompts(dataset.sample(args.eval_rows_during_training), args.data_dir).questions
     made_up = [
         replace(question, answer="" if number % 2 else question.references[0])
         for number, question in enumerate(questions)

@@ -14,10 +14,14 @@ LIBRARIES = ("torch", "transformers", "accelerate", "peft", "deepspeed", "bitsan
 SECRETS = ("--hub_token",)
 
 
-def commit() -> str:
-    """The commit of this checkout, with a word if files were changed since; empty where there is no checkout."""
+def commit(untracked: str = "no") -> str:
+    """The commit of this checkout, with a word if files were changed since; empty where there is no checkout.
+
+    Args:
+        untracked (str): whether files count that git does not know: git's own --untracked-files, "no" or "normal".
+    """
     # Results aside: a command that writes several would find its own.
-    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
+    changed = _git("status", "--porcelain", f"--untracked-files={untracked}", "--", ".", ":!benchmarks/results")
     found = _git("rev-parse", "HEAD") if (ROOT / ".git").exists() else ""
     return found and found + (" with changes" if changed else "")
 

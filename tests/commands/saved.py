@@ -15,14 +15,14 @@ from finetuning.training.loading import load_model
 get_accelerator()
 
 
-def adapter_folder(base: Path, folder: Path, *flags: str) -> Path:
+def adapter_folder(base: Path, folder: Path, *flags: str, scale: float = 0.05) -> Path:
     """An adapter over the model in `base`, none of its weights zero, as a run saves it."""
     args = recipe.arguments(base, "--use_lora", "--lora_rank", "4", "--do_train", "True", *flags)
     model = load_model(args)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
-            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
+            parameter.data = torch.randn(parameter.shape, generator=generator) * scale
     model.save_pretrained(folder)
     return folder
 

@@ -67,6 +67,20 @@ def test_the_dtype_is_chosen(base, tmp_path, monkeypatch):
     adapter = saved.adapter_folder(base, tmp_path / "adapter")
     saved.call(monkeypatch, merge, adapter, tmp_path / "merged", "--dtype", "bf16")
     assert json.loads((tmp_path / "merged/config.json").read_text())["dtype"] == "bfloat16"
+    # the base's float32 weights are not rounded before the adapter is added
+    exact = merge.merge(find_saved(str(adapter)), torch.float32).state_dict()
+    found = open_model(find_saved(str(tmp_path / "merged")), torch.bfloat16, False, torch.device("cpu")).state_dict()
+    assert all(torch.equal(weight, exact[name].bfloat16()) for name, weight in found.items())
+
+
+def test_a_merge_that_added_nothing_is_refused_in_16_bits_too(tmp_path, monkeypatch):
+    """What the adapter has learnt is less than the rounding that is allowed for."""
+    half = recipe.model_folder(tmp_path / "half", torch.bfloat16)
+    adapter = saved.adapter_folder(half, tmp_path / "adapter", "--bf16", scale=0.01)
+    monkeypatch.setattr(merge.BaseTunerLayer, "merge", lambda *_, **__: None, raising=False)
+    monkeypatch.setattr("peft.tuners.lora.layer.Linear.merge", lambda *_, **__: None)
+    with pytest.raises(RunError, match="expected the merged model to say what the adapter says"):
+        saved.call(monkeypatch, merge, adapter, tmp_path / "merged")
 
 
 def test_a_wrong_merge_is_not_given_its_name(base, tmp_path, monkeypatch):

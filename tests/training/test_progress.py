@@ -18,16 +18,12 @@ from finetuning.training.flops import step_flops
 from finetuning.training.identity import write_run
 from finetuning.training.loading import load_model
 from finetuning.training.progress import Progress, answers_bar, log_line
-from finetuning.training.signals import stop_signals
 from finetuning.training.trainer import RecipeTrainer
 
 STEPS = 5
 
 
-@pytest.fixture(autouse=True)
-def own_process(tmp_path, monkeypatch):
-    yield from recipe.own_process(tmp_path, monkeypatch)
-    stop_signals.__init__()
+own_process = pytest.fixture(autouse=True)(recipe.own_process)
 
 
 @pytest.fixture(scope="module")

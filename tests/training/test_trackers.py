@@ -20,7 +20,6 @@ from finetuning.data.dataset import ConversationDataset
 from finetuning.errors import InputError
 from finetuning.training.identity import write_run
 from finetuning.training.loading import load_model
-from finetuning.training.signals import stop_signals
 from finetuning.training.trackers import log_answers
 from finetuning.training.trainer import RecipeTrainer
 
@@ -28,10 +27,7 @@ needs_tensorboard = pytest.mark.skipif(find_spec("tensorboard") is None, reason=
 needs_wandb = pytest.mark.skipif(find_spec("wandb") is None, reason="wandb is not installed")
 
 
-@pytest.fixture(autouse=True)
-def own_process(tmp_path, monkeypatch):
-    yield from recipe.own_process(tmp_path, monkeypatch)
-    stop_signals.__init__()
+own_process = pytest.fixture(autouse=True)(recipe.own_process)
 
 
 @pytest.fixture(scope="module")
