@@ -277,7 +277,9 @@ def ask(out_dir: Path, output: Path) -> str:
     print(f"\n{written} is written on {page}; it reads:", flush=True)
     if subprocess.run([sys.executable, *command], cwd=Path(__file__).parent).returncode:
         sys.exit("asking failed, see above")
-    return shlex.join(["python", *command])
+    # The environment of `make demo` is not activated.
+    own = Path(sys.executable).is_relative_to(Path.cwd())
+    return shlex.join([os.path.relpath(sys.executable) if own else sys.executable, *command])
 
 
 def main(arguments: list[str]) -> None:
