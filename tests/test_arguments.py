@@ -656,6 +656,20 @@ def test_the_ends_of_a_range_are_taken(name):
             assert getattr(args, name) == value
 
 
+# ---- the best model
+
+
+@pytest.mark.parametrize("flags", [["--early_stopping_patience", "2"], ["--metric_for_best_model", "anls"]], ids=call)
+def test_what_goes_by_evaluations_needs_some(flags):
+    line = refusal(*flags)
+    assert f"{' '.join(flags)}: expected --eval_strategy steps or epoch beside it" in line
+    args = parse_args([*flags, "--eval_strategy", "epoch"])
+    # the Trainer's own name for what is not chosen
+    assert args.metric_for_best_model == ("anls" if "anls" in flags else "loss")
+    # else a resumed run would begin to count anew
+    assert args.restore_callback_states_from_checkpoint == ("anls" not in flags)
+
+
 # ---- --help
 
 

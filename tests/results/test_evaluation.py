@@ -18,7 +18,7 @@ from finetuning.data.conversation import Conversation, Turn
 from finetuning.data.dataset import ConversationDataset
 from finetuning.errors import InputError, ScriptError
 from finetuning.results.answering import generate_answers
-from finetuning.results.evaluation import evaluate, score_again
+from finetuning.results.evaluation import check_score, evaluate, score_again
 from finetuning.results.predictions import Prediction, read_predictions
 from finetuning.training.checkpoint import seal
 from finetuning.training.identity import write_run
@@ -553,3 +553,65 @@ def test_choices_of_a_closed_question_get_the_log_probability_of_the_whole_answe
             expected = logs[start:-1].gather(-1, ids[start + 1 :, None]).sum()
             assert ids[-1] == end
             assert value == pytest.approx(expected.item(), abs=1e-4)
+
+
+# ---- before the model loads
+
+
+def length(predictions) -> dict[str, float]:
+    return {"length": sum(len(item.answer) for item in predictions) / len(predictions), "length/detail": 1.0}
+
+
+def checked(folder, *flags, score=length, rows=ROWS):
+    args = recipe.arguments(folder, "--use_lora", "--output_dir", "out", *flags)
+    check_score(dataset(args, rows), score, args)
+
+
+EVALUATES = ("--eval_strategy", "steps", "--eval_steps", "1")
+
+
+@pytest.mark.parametrize("metric", ["loss", "eval_loss", "length", "eval_length"])
+def test_a_figure_of_the_task_may_choose_the_best_model(folder, metric):
+    checked(folder, *EVALUATES, "--metric_for_best_model", metric)
+
+
+@pytest.mark.parametrize("metric", ["anls", "length/detail", "eval_runtime"])
+def test_a_figure_that_the_task_has_not_is_refused_with_those_that_it_has(folder, metric):
+    with pytest.raises(InputError, match=f"--metric_for_best_model {metric}: expected .* \\(loss, length\\)$"):
+        checked(folder, *EVALUATES, "--metric_for_best_model", metric)
+
+
+def test_rows_are_needed_to_evaluate(folder):
+    checked(folder, rows=[])
+    with pytest.raises(InputError, match="--eval_strategy steps: expected rows to answer, found none"):
+        checked(folder, *EVALUATES, rows=[])
+
+
+def test_a_score_that_fails_is_shown_before_anything_is_answered(folder):
+    def broken(predictions):
+        return {"length": sum(item.anwser for item in predictions)}
+
+    with pytest.raises(ScriptError, match="anwser") as caught:
+        checked(folder, score=broken)
+    assert "answers are kept" not in str(caught.value)
+    with pytest.raises(InputError, match="score: expected figures by name"):
+        checked(folder, score=lambda predictions: len(predictions))
+
+
+def test_made_up_answers_are_right_and_wrong(folder):
+    seen = []
+    checked(folder, score=lambda predictions: seen.extend(predictions) or {"x": 1.0})
+    assert {item.answer == item.references[0] for item in seen} == {True, False}
+
+
+def test_answers_while_training_are_of_the_run_that_gave_them(folder, tmp_path):
+    """Those of another run in the same folder, with other rows to train on, are not taken."""
+    record = {"script": "x", "settings": {}, "spread": {}, "rows": {}, "started": "", "identity": "one"}
+    (tmp_path / "out").mkdir()
+    write_run(tmp_path / "out", record)
+    first = answer(folder, tmp_path / "out", stage="step 3")
+    changed = [{**item, "answer": "kept"} for item in lines(tmp_path / "out")]
+    recipe.write_jsonl(tmp_path / "out" / "predictions.jsonl", changed)
+    assert {item.answer for item in answer(folder, tmp_path / "out", stage="step 3")} == {"kept"}
+    write_run(tmp_path / "out", {**record, "identity": "two"})
+    assert answer(folder, tmp_path / "out", stage="step 3") == first
