@@ -98,7 +98,7 @@ def generate_answers(model, dataset: ConversationDataset, args: RecipeArguments,
             f"{moment(args, stage)}: {len(todo)} of {len(prompts)} questions are asked, the other answers are kept",
             flush=True,
         )
-    bar = answers_bar(args, len(prompts), len(kept), f"answers {moment(args, stage)}")
+    bar = answers_bar(len(prompts), len(kept), f"answers {moment(args, stage)}", args.disable_tqdm)
 
     def answer(batch, inputs):
         return _generate(model, dataset.processor, inputs, [prompts.questions[number] for number in batch], args)

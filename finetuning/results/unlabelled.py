@@ -13,7 +13,6 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from pydantic import Field
-from tqdm import tqdm
 
 from ..data.conversation import Conversation, Turn
 from ..data.dataset import ConversationDataset
@@ -21,6 +20,7 @@ from ..data.reading import read_jsonl
 from ..data.schemas import Picture, RowId, RowModel, Text, parse_row
 from ..data.shown import printable
 from ..errors import InputError, Stopped
+from ..training.progress import answers_bar
 from ..training.signals import stop_signals
 from .answering import Prompts, greedy_answers, precision
 from .rounds import answer_in_rounds
@@ -134,9 +134,7 @@ def answer_unlabelled(
         def answer(_: Sequence[int], inputs: Any) -> list[str]:
             return greedy_answers(model, dataset.processor, inputs.to(model.device), max_new_tokens)
 
-        bar = stack.enter_context(
-            tqdm(total=len(prompts), initial=done, desc="answers", disable=state.process_index > 0)
-        )
+        bar = stack.enter_context(answers_bar(len(prompts), done, "answers"))
         stack.enter_context(precision(model, dtype))
         for found in answer_in_rounds(prompts, prompts.collate, todo, batch_size, workers, answer):
             bar.update(len(found))

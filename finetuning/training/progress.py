@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate import PartialState
 from peft import PeftModel
 from tqdm import tqdm
 from transformers import TrainerCallback
@@ -223,16 +224,23 @@ class _Lines(io.TextIOBase):
         return len(text)
 
 
-def answers_bar(args: RecipeArguments, total: int, initial: int, description: str) -> tqdm:
-    """Shows how many of `total` answers there are: a bar at a terminal, else a line now and then; the first rank alone."""
-    if shows_bar(args):
+def answers_bar(total: int, initial: int, description: str, disable: bool = False) -> tqdm:
+    """Shows how many of `total` answers there are: a bar at a terminal, else a line now and then; the first rank alone.
+
+    Args:
+        total, initial (int): answers in all, and those that are there already.
+        description (str): stands before them.
+        disable (bool): no bar, as with --no-tqdm: lines only.
+    """
+    first = PartialState().is_main_process
+    if first and not disable and sys.stderr.isatty():
         # Within training it makes room for that bar.
         return tqdm(total=total, initial=initial, desc=description, unit="answer", leave=None, dynamic_ncols=True)
     return tqdm(
         total=total,
         initial=initial,
         desc=description,
-        disable=args.process_index > 0,
+        disable=not first,
         file=_Lines(),
         leave=False,
         mininterval=LINE_INTERVAL,

@@ -299,9 +299,9 @@ def test_an_evaluation_and_the_end_are_one_line():
     assert log_line({"epoch": 1.0}, 3, 9) == ""
 
 
-def test_answers_are_a_line_now_and_then_without_a_terminal(folder, capsys, monkeypatch):
+def test_answers_are_a_line_now_and_then_without_a_terminal(capsys, monkeypatch):
     monkeypatch.setattr(progress, "LINE_INTERVAL", 0)
-    with answers_bar(recipe.arguments(folder), 8, 2, "answers before training") as bar:
+    with answers_bar(8, 2, "answers before training", disable=True) as bar:
         bar.update(2)
         bar.update(4)
     shown = capsys.readouterr()
@@ -311,8 +311,8 @@ def test_answers_are_a_line_now_and_then_without_a_terminal(folder, capsys, monk
     assert "\r" not in shown.out + shown.err
 
 
-def test_few_answers_say_nothing_before_their_score(folder, capsys):
-    with answers_bar(recipe.arguments(folder), 8, 0, "answers before training") as bar:
+def test_few_answers_say_nothing_before_their_score(capsys):
+    with answers_bar(8, 0, "answers before training", disable=True) as bar:
         bar.update(8)
     shown = capsys.readouterr()
     assert not shown.out + shown.err
