@@ -21,7 +21,14 @@ from transformers.utils import logging
 
 from phi3v.modeling_phi3_v import SDPA_PACKED
 
-from .environment import MAX_IMAGE_PIXELS, check_shared_memory, prepare_process, use_gloo_in_deepspeed
+from .environment import (
+    MAX_IMAGE_PIXELS,
+    batches_ahead,
+    check_shared_memory,
+    prepare_process,
+    runs_on_cpu,
+    use_gloo_in_deepspeed,
+)
 from .errors import InputError
 
 ZERO2 = Path(__file__).parents[1] / "ds_configs" / "zero2.json"
@@ -258,6 +265,13 @@ class RecipeArguments(TrainingArguments):
         if self.dataloader_num_workers is None:
             local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
             self.dataloader_num_workers = max(0, min(4, len(os.sched_getaffinity(0)) // local_ranks - 1))
+        if self.dataloader_prefetch_factor is None and self.dataloader_num_workers:
+            self.dataloader_prefetch_factor = batches_ahead(
+                self.dataloader_num_workers,
+                self.gradient_accumulation_steps,
+                self.per_device_train_batch_size,
+                self.num_crops,
+            )
         self._derive_compilation()
         self._derive_upload()
         try:
@@ -375,7 +389,7 @@ class RecipeArguments(TrainingArguments):
 
     def _derive_strategy(self):
         # Without the flag, accelerate would not let the ranks of a machine without a GPU know of each other.
-        self.use_cpu = self.use_cpu or not torch.cuda.is_available()
+        self.use_cpu = runs_on_cpu(self.use_cpu)
         on_gpu = not self.use_cpu
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         if on_gpu and local_rank >= torch.cuda.device_count():
@@ -659,9 +673,15 @@ def parse_args(argv: list[str] | None = None, **defaults) -> RecipeArguments:
     if namespace.hub_token:
         # As an argument it would be written into training_args.bin.
         os.environ["HF_TOKEN"], namespace.hub_token = namespace.hub_token, None
-    use_cpu = namespace.use_cpu or not torch.cuda.is_available()
-    prepare_process(use_cpu, namespace.ddp_backend, namespace.ddp_timeout, namespace.max_image_pixels)
+    prepare_process(
+        runs_on_cpu(namespace.use_cpu), namespace.ddp_backend, namespace.ddp_timeout, namespace.max_image_pixels
+    )
     args = RecipeArguments(**vars(namespace))
     args.changed = _changed(namespace)
-    check_shared_memory(args.dataloader_num_workers, args.per_device_train_batch_size, args.num_crops)
+    check_shared_memory(
+        args.dataloader_num_workers,
+        args.per_device_train_batch_size,
+        args.num_crops,
+        args.dataloader_prefetch_factor or 2,
+    )
     return args

@@ -26,7 +26,7 @@ from .command_line import CommandParser
 from .data.dataset import build_dataset
 from .data.fingerprint import digest
 from .data.images import image_size
-from .environment import MAX_IMAGE_PIXELS, check_shared_memory, prepare_process
+from .environment import MAX_IMAGE_PIXELS, check_shared_memory, prepare_process, runs_on_cpu
 from .errors import InputError, run_script
 from .results.chat import Chat, Reply, TerminalStreamer
 from .results.unlabelled import answer_unlabelled, find_rows, to_conversation
@@ -114,8 +114,9 @@ def main() -> None:
     """Answers what the command line says."""
     args = parse_args()
     logging.disable_progress_bar()
-    prepare_process(not torch.cuda.is_available(), None, TIMEOUT, args.max_image_pixels)
-    state = PartialState(cpu=not torch.cuda.is_available())
+    on_cpu = runs_on_cpu()
+    prepare_process(on_cpu, None, TIMEOUT, args.max_image_pixels)
+    state = PartialState(cpu=on_cpu)
     rows = find_rows(args.data, args.question) if args.data else None
     saved = find_saved(args.folder, args.base, fetches=state.is_local_main_process)
     processor = read_processor(saved, args.num_crops)

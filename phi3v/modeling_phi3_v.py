@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, GenerationMixin
 from transformers import initialization as init
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import create_causal_mask, sdpa_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -294,7 +295,7 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
                 raise ValueError(
                     "input_ids hold <|image|> tokens without pixel_values: expected both, as the processor returns them"
                 )
-            elif self.training and any(p.requires_grad for p in self.vision_embed_tokens.parameters()):
+            elif self._others_wait_for_vision(past_key_values):
                 inputs_embeds = inputs_embeds + 0 * self._blank_image_feature(inputs_embeds)
         if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
             # By the mask, not by the place in the row: padding must not count.
@@ -337,9 +338,16 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
         self.vision_embed_tokens.images_per_row(is_image, image_sizes)
         return inputs_embeds.masked_scatter(is_image[..., None], features.to(inputs_embeds.dtype))
 
+    def _others_wait_for_vision(self, past_key_values) -> bool:
+        """Whether the vision part must run without any image in the batch, because other ranks may have one in theirs.
+
+        They would wait for its gradients, or, under ZeRO-3, for this rank's share of its weights, frozen or not.
+        """
+        if is_deepspeed_zero3_enabled():
+            return not (past_key_values is not None and past_key_values.get_seq_length())
+        return self.training and any(p.requires_grad for p in self.vision_embed_tokens.parameters())
+
     def _blank_image_feature(self, inputs_embeds) -> torch.Tensor:
-        # Without any image in the batch, the vision parameters must take part all the same, with gradient 0: ranks
-        # that wait for each other's gradients would hang otherwise.
         size = self.vision_embed_tokens.crop_size
         pixels = inputs_embeds.new_zeros(2, 3, size, size)
         return self.vision_embed_tokens(pixels, torch.tensor([[size, size]])).mean(0)

@@ -68,6 +68,8 @@ class Prompts(Dataset):
         return self.dataset.processor(list(texts), list(images), padding=True, padding_side="left")
 
 
+# Compiled layers answer as they are: each length of a cache would be another graph, and training would find their number used up.
+@torch.compiler.set_stance("force_eager")
 def generate_answers(model, dataset: ConversationDataset, args: RecipeArguments, stage: str) -> list[Prediction]:
     """Answers every turn of every row greedily, on all ranks together.
 
@@ -156,7 +158,8 @@ def _generate(model, processor: Phi3VProcessor, inputs, asked: list[Prediction],
 @torch.no_grad()
 def greedy_answers(model, processor: Phi3VProcessor, inputs, max_new_tokens: int) -> list[str]:
     """Greedy answers to a left-padded batch of prompts, which lies on the model's device."""
-    output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, use_cache=True)
+    # Each rank holds all weights, and answers as many batches as it has.
+    output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, use_cache=True, synced_gpus=False)
     texts = processor.tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return [text.strip() for text in texts]
 

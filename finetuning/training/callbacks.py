@@ -19,6 +19,8 @@ from .signals import stop_signals
 from .summary import model_part
 
 NONFINITE_IN_A_ROW = 10
+# Loss scaling halves its scale each time: 65536 is 1 by then. DeepSpeed would end with a traceback two later.
+OVERFLOWS_IN_A_ROW = 16
 
 
 def keep_text_activations(model) -> None:
@@ -58,7 +60,7 @@ class NonFiniteCheck(TrainerCallback):
 
     def __init__(self):
         self._losses: list[tuple[list[str], torch.Tensor]] = []
-        self._in_a_row = 0
+        self._in_a_row = self._overflows = 0
 
     def note(self, ids: list[str], loss: torch.Tensor) -> None:
         """Notes the loss of a micro-batch of the step that runs; `RecipeTrainer.training_step` calls it."""
@@ -73,11 +75,18 @@ class NonFiniteCheck(TrainerCallback):
         else:
             finite = bool(torch.nn.utils.get_total_norm(gradients).isfinite())
         if finite:
-            self._in_a_row = 0
+            self._in_a_row = self._overflows = 0
             return
         bad = gather_object([name for ids, loss in losses if not loss.isfinite() for name in ids])
         if args.fp16 and not bad:
             # Loss scaling finds its scale so.
+            self._overflows += 1
+            if self._overflows >= OVERFLOWS_IN_A_ROW:
+                raise RunError(
+                    f"step {state.global_step + 1}: the gradients overflow float16 {OVERFLOWS_IN_A_ROW} times in a row, whatever the "
+                    f"loss is scaled by; {last_checkpoint(args.output_dir)}. --bf16 (Ampere or newer), `--fp16 False` (float32) or "
+                    "a lower --learning_rate may help"
+                )
             return
         self._in_a_row += 1
         names = bad or gather_object([name for ids, _ in losses for name in ids])

@@ -9,6 +9,7 @@ import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoProcessor, CLIPVisionConfig, GenerationConfig, PreTrainedModel, set_seed
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
@@ -96,7 +97,13 @@ def load_model(args: RecipeArguments) -> PreTrainedModel | PeftModel:
     saved = find_saved(args.model_name_or_path, fetches=args.local_process_index == 0)
     # New adapters follow from the seed, whatever drew random numbers before.
     set_seed(args.seed)
-    model = read_model(saved, args.compute_dtype, args.attention, args.use_qlora, args.device)
+    # DeepSpeed splits the weights when training begins (ZeRO-3). Until then each rank holds all of them: it answers with them.
+    unset_hf_deepspeed_config()
+    try:
+        model = read_model(saved, args.compute_dtype, args.attention, args.use_qlora, args.device)
+    finally:
+        if args.deepspeed:
+            set_hf_deepspeed_config(args.hf_deepspeed_config)
     if saved.adapter:
         return read_adapter(model, saved)
     if args.compile_options:

@@ -1,6 +1,7 @@
 """The Hugging Face Trainer for these recipes: its public hooks, and one private method."""
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,11 @@ from .identity import read_run
 from .progress import Progress
 from .trackers import log_answers, write_beside_the_run
 from .upload import UploadCheckpoint
-from .weights import load_weights
+from .weights import load_weights, whole_weights
+
+# Parameters of one group of a bitsandbytes optimizer. Its kernels count the elements of a tensor in 32 bits, and DeepSpeed makes
+# one tensor of a group: 4.1e9 elements with full fine-tuning on one GPU.
+LARGEST_GROUP = 500_000_000
 
 
 class RecipeTrainer(Trainer):
@@ -88,6 +93,12 @@ class RecipeTrainer(Trainer):
         )
         return loader
 
+    def create_optimizer(self, model=None):
+        optimizer = super().create_optimizer(model)
+        if self.args.deepspeed_config and type(optimizer).__module__.startswith("bitsandbytes"):
+            optimizer.param_groups[:] = [part for group in optimizer.param_groups for part in _split(group)]
+        return optimizer
+
     def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None) -> TrainOutput:
         """Trains, or takes the weights of a run or checkpoint that has nothing left to train."""
         nothing = TrainOutput(self.state.global_step, 0.0, {})
@@ -121,9 +132,12 @@ class RecipeTrainer(Trainer):
 
     def evaluation_loop(self, dataloader, *args, metric_key_prefix="eval", **kwargs):
         """The Trainer's, and while training the task's own score beside the loss: eval_anls, eval_accuracy, ..."""
-        output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        # See `generate_answers`.
+        with torch.compiler.set_stance("force_eager"):
+            output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         if self.is_in_train and self._score_answers is not None:
-            figures, predictions = self._score_answers(self.model, self.eval_dataset, self.state.global_step)
+            with whole_weights(self.model_wrapped):
+                figures, predictions = self._score_answers(self.model, self.eval_dataset, self.state.global_step)
             log_answers(self, predictions, self.eval_dataset)
             named = {f"{metric_key_prefix}_{name}": value for name, value in figures.items() if "/" not in name}
             output.metrics.update(named)
@@ -169,6 +183,8 @@ class RecipeTrainer(Trainer):
             facts = {"step": self.state.global_step, "identity": run.get("identity")}
             self.accelerator.wait_for_everyone()
             seal(output, facts, final_files(output))
+        # For the answers after training; nothing is trained any more.
+        whole_weights(self.model_wrapped).__enter__()
 
     def _save_checkpoint(self, model, trial):
         # Private: no public hook stands around the writing of all of a checkpoint's files, and only there can a full disk be
@@ -183,6 +199,19 @@ class RecipeTrainer(Trainer):
         with _disk_errors(folder, str(folder), self.args.output_dir):
             super()._save_checkpoint(model, trial)
         self._saved_step = self.state.global_step
+
+
+def _split(group: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A group of an optimizer as groups of at most `LARGEST_GROUP` parameters each, and at least one tensor."""
+    parts: list[list[torch.nn.Parameter]] = [[]]
+    size = 0
+    for parameter in group["params"]:
+        if parts[-1] and size + parameter.numel() > LARGEST_GROUP:
+            parts.append([])
+            size = 0
+        parts[-1].append(parameter)
+        size += parameter.numel()
+    return ({**group, "params": part} for part in parts)
 
 
 class _disk_errors:
