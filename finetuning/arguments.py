@@ -31,7 +31,8 @@ from .environment import (
 )
 from .errors import InputError
 
-ZERO2 = Path(__file__).parents[1] / "ds_configs" / "zero2.json"
+DS_CONFIGS = Path(__file__).parents[1] / "ds_configs"
+ZERO2 = DS_CONFIGS / "zero2.json"
 
 # --help lists the flags in these groups; what is not named here is a flag of TrainingArguments that passes through.
 GROUPS = {
@@ -129,8 +130,8 @@ class RecipeArguments(TrainingArguments):
     lora_dropout: float = _flag(default=0.0, help="dropout before the LoRA matrices, probability 0 to 1")
     deepspeed: str | None = _flag(
         default=None,
-        help="DeepSpeed: a config file, inline JSON, or none (default: ds_configs/zero2.json for full and frozen-vision "
-        "fine-tuning, none for LoRA)",
+        help="DeepSpeed: zero2, zero2_offload, zero3 or zero3_offload (ds_configs/), a config file, inline JSON, or none "
+        "(default: zero2 for full and frozen-vision fine-tuning, none for LoRA)",
     )
 
     data_dir: str | None = _flag(default=None, help="folder with your own data instead of the data set on the hub")
@@ -417,8 +418,16 @@ class RecipeArguments(TrainingArguments):
     def _derive_deepspeed(self):
         """`deepspeed`, a path or a dict or None, and `deepspeed_config`, its content."""
         self.deepspeed_config: dict[str, Any] | None = None
-        if self.deepspeed is None and not self.use_lora and not self.fsdp:
+        if self.fsdp:
+            # Not tested: accelerate does without it on a CPU.
+            raise InputError(
+                "--fsdp: expected it left out; --deepspeed zero3 splits weights, gradients and optimizer too"
+            )
+        if self.deepspeed is None and not self.use_lora:
             self.deepspeed = str(ZERO2)
+        named = {path.stem: str(path) for path in sorted(DS_CONFIGS.glob("*.json"))}
+        if isinstance(self.deepspeed, str):
+            self.deepspeed = named.get(self.deepspeed, self.deepspeed)
         if isinstance(self.deepspeed, str) and self.deepspeed.lower() == "none":
             self.deepspeed = None
         if self.deepspeed is None:
@@ -426,7 +435,7 @@ class RecipeArguments(TrainingArguments):
         inline, what = str(self.deepspeed).lstrip().startswith("{"), self.deepspeed
         if not inline and not os.path.isfile(self.deepspeed):
             raise InputError(
-                f"--deepspeed {what}: expected a file, inline JSON or none, found no such file; ds_configs/ holds the tested ones"
+                f"--deepspeed {what}: expected {', '.join(named)}, a file, inline JSON or none, found no such file"
             )
         try:
             text = self.deepspeed if inline else Path(self.deepspeed).read_text(encoding="utf-8")
@@ -448,6 +457,11 @@ class RecipeArguments(TrainingArguments):
                     f'--deepspeed {str(what):.80}: {name}: expected "auto" or {value}, which follows from --batch_size '
                     f"{self.batch_size} and --batch_size_per_gpu {self.per_device_train_batch_size}, found {config[name]!r:.40}"
                 )
+        zero = config.get("zero_optimization")
+        if self.use_qlora and isinstance(zero, dict) and zero.get("stage") == 3:
+            raise InputError(
+                f"--use_qlora with --deepspeed {str(what):.80}: expected ZeRO-2 or none, found ZeRO-3, which cannot split 4-bit weights"
+            )
         if self.use_cpu:
             use_gloo_in_deepspeed()
 

@@ -209,6 +209,8 @@ def test_workers_fit_the_cores(ranks, cores, workers, monkeypatch):
         (["--use_qlora"], "QLoRA", None),
         (["--use_lora", "--freeze_vision_model"], "LoRA with frozen vision", None),
         (["--use_lora", "--deepspeed", str(ZERO2)], "LoRA", str(ZERO2)),
+        (["--deepspeed", "zero2"], "full", str(ZERO2)),
+        (["--use_lora", "--deepspeed", "zero2"], "LoRA", str(ZERO2)),
         (["--deepspeed", "none"], "full", None),
         (["--deepspeed", "None"], "full", None),
         (["--use_lora", "--deepspeed", "none"], "LoRA", None),
@@ -229,7 +231,10 @@ def test_deepspeed_may_be_given_inline(spaces):
 
 
 BAD_DEEPSPEED = {
-    "no file": ("nowhere.json", "expected a file, inline JSON or none, found no such file"),
+    "no file": (
+        "nowhere.json",
+        "expected zero2, zero2_offload, zero3, zero3_offload, a file, inline JSON or none, found",
+    ),
     "a folder": (".", "found no such file"),
     "nothing": ("", "found no such file"),
     "torn JSON": ("{", "expected JSON, found"),
@@ -435,6 +440,8 @@ def test_the_layers_are_compiled_and_not_the_model(flags, options, monkeypatch):
         (["--on_nonfinite", "perhaps"], "perhaps"),
         (["--recompute", "some"], "some"),
         (["--use_liger_kernel"], "--torch_compile"),
+        (["--fsdp"], "--deepspeed zero3"),
+        (["--use_qlora", "--deepspeed", "zero3"], "expected ZeRO-2 or none, found ZeRO-3"),
         (["--resume_from_checkpoint", "nowhere"], "--resume_from_checkpoint nowhere"),
         (["--output_dir", "/dev/null/output"], "--output_dir /dev/null/output"),
         (["--output_dir", ""], "--output_dir"),

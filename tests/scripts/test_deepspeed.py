@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import recipe
 import torch
-from launch import ROOT, several
+from launch import several
 from safetensors.torch import load_file
 
 CONFIGS = ("zero2", "zero2_offload", "zero3", "zero3_offload")
@@ -40,8 +40,13 @@ def rows(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("deepspeed")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("deepspeed")
+
+
+@pytest.fixture(scope="module")
+def flags_of(folder):
+    """`flags_of(strategy, config)`: the flags of a run."""
     model, data = recipe.model_folder(folder / "model"), rows(folder / "data")
     flags = [
         *("--model_name_or_path", str(model), "--data_dir", str(data), "--num_crops", "2", "--no-tqdm"),
@@ -60,21 +65,25 @@ def runs(tmp_path_factory):
         ),
     ]
 
-    def flags_of(strategy: str, config: str) -> list[str]:
-        return [*flags, *STRATEGIES[strategy], "--deepspeed", str(ROOT / "ds_configs" / f"{config}.json")]
+    return lambda strategy, config: [*flags, *STRATEGIES[strategy], "--deepspeed", config]
 
-    found = several({f"{s}, {c}": flags_of(s, c) for s, c in CASES}, folder, ranks=2)
+
+@pytest.fixture(scope="module")
+def runs(folder, flags_of):
+    return several({f"{s}, {c}": flags_of(s, c) for s, c in CASES}, folder, ranks=2)
+
+
+@pytest.fixture(scope="module")
+def resumed_runs(folder, flags_of, runs):
     again = {}
     for strategy, config in RESUMED:
         name = f"{strategy}, {config}"
         output = folder / f"{name} resumed"
-        shutil.copytree(found[name].output / "checkpoint-2", output / "checkpoint-2")
+        shutil.copytree(runs[name].output / "checkpoint-2", output / "checkpoint-2")
         for file in ("run.json", "run_rows.parquet"):
-            shutil.copy(found[name].output / file, output)
-        again[f"{name}, resumed"] = [*flags_of(strategy, config), "--output_dir", str(output)]
-    for name, run in several(again, folder, ranks=2).items():
-        found[name] = replace(run, output=Path(again[name][-1]))
-    return found
+            shutil.copy(runs[name].output / file, output)
+        again[name] = [*flags_of(strategy, config), "--output_dir", str(output)]
+    return {name: replace(run, output=Path(again[name][-1])) for name, run in several(again, folder, ranks=2).items()}
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -99,8 +108,8 @@ def test_losses_weights_and_answers_are_those_of_zero2(runs, strategy, config):
 
 
 @pytest.mark.parametrize(("strategy", "config"), RESUMED)
-def test_a_run_goes_on_exactly(runs, strategy, config):
-    whole, resumed = runs[f"{strategy}, {config}"], runs[f"{strategy}, {config}, resumed"]
+def test_a_run_goes_on_exactly(runs, resumed_runs, strategy, config):
+    whole, resumed = runs[f"{strategy}, {config}"], resumed_runs[f"{strategy}, {config}"]
     assert resumed.status == 0, resumed.stdout + resumed.stderr
     assert "going on from" in resumed.stdout
     assert resumed.losses == whole.losses
