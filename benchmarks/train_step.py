@@ -40,6 +40,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import Trainer
@@ -189,6 +190,10 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     processor, model = load_processor(recipe), load_model(recipe).train()
     if args.float32_weights:
         model.float()
+    if args.lora_of_peft:
+        for layer in model.modules():
+            if isinstance(layer, LoraLayer):
+                layer.lora_variant, layer.cast_input_dtype_enabled = {}, True
     loss_of = product_loss
     if args.reference:
         base_of(model).set_attn_implementation("sdpa" if "sdpa" in args.with_ else "eager")
@@ -268,7 +273,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 # The flags that make a case.
 CASE = (
     *("model", "strategy", "image", "device", "dtype", "num_crops", "micro_batch", "padding_free"),
-    *("recompute", "compile", "optim", "float32_weights", "reference", "with_", "steps", "warmup"),
+    *("recompute", "compile", "optim", "float32_weights", "lora_of_peft", "reference", "with_", "steps", "warmup"),
 )
 
 
@@ -354,6 +359,7 @@ def main() -> None:
     options.add_argument(
         "--optim", default="adamw_torch_fused", help="the Trainer's name of the optimizer (fused AdamW)"
     )
+    options.add_argument("--lora_of_peft", action="store_true", help="LoRA as PEFT computes it")
     options.add_argument("--float32_weights", action="store_true", help="float32 weights under autocast")
     options.add_argument("--compare", type=Path, help="result file to print the ratios to")
     options.add_argument("--ratios", action="store_true", help="product against reference in all cases with a target")

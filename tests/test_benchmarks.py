@@ -7,10 +7,10 @@ import pytest
 import recipe
 import torch
 
-from benchmarks import epoch, evaluate, gpu, levers, models, preprocess, train_step
+from benchmarks import epoch, evaluate, gpu, gpu_checks, levers, models, preprocess, train_step
+from finetuning.arguments import RecipeArguments, _Parser
 from finetuning.data.collator import DataCollatorForPhi3V
 from finetuning.data.encoding import encode_conversation
-from finetuning.errors import RunError
 from finetuning.training.loading import load_model, load_processor
 
 own_process = pytest.fixture(autouse=True)(recipe.own_process)
@@ -141,24 +141,70 @@ def test_levers_are_related_to_what_they_are_taken_from(folder, tmp_path, monkey
         assert "kept" in entry["verdict"]
 
 
-def test_the_gpu_run_doubles_the_micro_batch_until_memory_is_short_and_outlives_a_failure(
-    folder, tmp_path, monkeypatch
-):
-    def run_case(_folder, *flags):
-        if "--compile" in flags:
-            raise RunError("no compiler")
-        size = int(flags[flags.index("--micro_batch") + 1]) if "--micro_batch" in flags else 1
-        return None if size > 4 else figures(1 / size, 10)
+def test_the_gpu_run_outlives_its_cases_and_goes_on_where_it_was(tmp_path, monkeypatch):
+    counter, flag = tmp_path / "counter", tmp_path / "flag"
+    count = f"open({str(counter)!r}, 'a').write('x')"
+    dies = f"import os, time; there = os.path.exists({str(flag)!r}); open({str(flag)!r}, 'w'); there or time.sleep(60)"
 
-    monkeypatch.setattr(gpu, "run_case", run_case)
-    flags = ["--model", "tiny", "--device", "cpu", "--weights", str(folder), "--strategies", "lora"]
-    cases = call(gpu, tmp_path / "a.json", *flags)["cases"]
-    assert [case["way"] for case in cases if case.get("error")] == ["sdpa, compiled", "padding-free, compiled"]
-    sizes = [case["way"] for case in cases[5:]]
-    assert sizes[:2] == ["recompute full, micro-batch 4", "recompute full, micro-batch 8"]
-    assert sizes[2:5] == [f"recompute vision, micro-batch {size}" for size in (2, 4, 8)]
-    assert sizes[5:] == [f"recompute none, micro-batch {size}" for size in (2, 4, 8)]
-    assert [case["result"] is None for case in cases[5:]] == [False, True] + 2 * [False, False, True]
+    def find_cases(*_):
+        return [
+            gpu.Case("good", 60, ["-c", f"{count}; print('said')"], lambda: {"img_per_second": 2.0}),
+            gpu.Case("fails", 60, ["-c", f"{count}; raise SystemExit(3)"], dict),
+            gpu.Case("hangs", 2, ["-c", f"{count}; import time; time.sleep(60)"], dict),
+            gpu.Case("killed", 60, ["-c", dies], lambda: {"losses": [1.0]}, killed_at=flag),
+        ]
+
+    monkeypatch.setattr(gpu, "find_cases", find_cases)
+    flags = [
+        "--model",
+        "tiny",
+        "--device",
+        "cpu",
+        "--weights",
+        str(tmp_path / "weights"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    for runs in (3, 5):
+        monkeypatch.setattr("sys.argv", ["benchmarks.gpu", *flags])
+        gpu.main()
+        # what is done is not done again
+        assert len(counter.read_text()) == runs
+        cases = json.loads((tmp_path / "out" / "gpu.json").read_text())["cases"]
+        assert {name: case.get("error") for name, case in cases.items()} == {
+            "good": None,
+            "fails": "status 3",
+            "hangs": "over its limit of 2 s",
+            "killed": None,
+        }
+        assert cases["good"]["said"] == ["said"]
+        assert cases["killed"]["losses"] == [1.0]
+    monkeypatch.setattr("sys.argv", ["benchmarks.gpu", *flags, "--minutes", "0"])
+    gpu.main()
+    assert len(counter.read_text()) == 5
+
+
+def test_the_cases_of_the_gpu_run_are_calls_that_the_parsers_know(tmp_path):
+    cases = gpu.find_cases(tmp_path, tmp_path / "out", "cuda", "full")
+    assert len({case.name for case in cases}) == len(cases)
+    known = {option for action in _Parser(RecipeArguments)._actions for option in action.option_strings}
+    for case in cases:
+        if gpu.SCRIPT in case.command:
+            given = case.command[case.command.index(gpu.SCRIPT) + 1 :]
+            assert {word for word in given if word.startswith("--")} <= known
+
+
+def test_the_checks_of_a_device_hold_on_a_cpu_and_find_a_wrong_kernel(monkeypatch):
+    names = [name for name in gpu_checks.CHECKS if "official" not in name and "answers" not in name]
+    assert [found for found in gpu_checks.run_checks("cpu", names) if not found["holds"]] == []
+
+    def wrong(*args, **kwargs):
+        found = right(*args, **kwargs)
+        return torch.where(torch.arange(found.shape[-2])[:, None] == 70, torch.nan, found)
+
+    right = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", wrong)
+    assert not any(found["holds"] for found in gpu_checks.run_checks("cpu", names[:3]))
 
 
 def test_train_step_reports_all_figures_and_compares(folder, tmp_path, capsys, monkeypatch):
