@@ -3,16 +3,19 @@
 import os
 import signal
 import time
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.distributed as dist
+from torch.utils.data import DataLoader
 
 
 class StopSignals:
     """Notes SIGTERM and SIGINT, so that a run can stop where it loses nothing; a second one stops at once.
 
-    What comes within two seconds counts as one: launcher and scheduler often both send it. DataLoader workers inherit this,
-    and so live on when a scheduler signals every process; they end with the second signal, which is the DataLoader's.
+    What comes within two seconds counts as one: launcher and scheduler often both send it. For the workers of a DataLoader see
+    `spare_workers`.
     """
 
     def __init__(self):
@@ -39,3 +42,21 @@ class StopSignals:
 
 
 stop_signals = StopSignals()
+
+
+def spare_workers(loader: DataLoader) -> DataLoader:
+    """Has the workers of a DataLoader live on when a scheduler signals every process, as Slurm does: the step needs them.
+
+    They end with the second signal, which is the DataLoader's. torch gives them a handler that ends them at the first one,
+    unless it is their parent's, and the run then fails instead of saving.
+    """
+    loader.worker_init_fn = partial(_begin_worker, loader.worker_init_fn)
+    return loader
+
+
+def _begin_worker(begin: Callable[[int], None] | None, worker: int) -> None:
+    if begin is not None:
+        begin(worker)
+    # What Python knows of the process that this one was forked from, not of torch's handler.
+    if callable(handler := signal.getsignal(signal.SIGTERM)):
+        signal.signal(signal.SIGTERM, handler)
