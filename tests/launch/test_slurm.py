@@ -80,9 +80,7 @@ class Slurm:
             path.touch()
         (folder / "gres.conf").write_text(f"NodeName=n[1-2] Name=gpu File={','.join(map(str, gpus))}\n")
         ports = [free_port() for _ in range(3)]
-        configuration = CONFIGURATION.format(
-            host=socket.gethostname(), ports=ports, folder=folder, cpus=os.cpu_count()
-        )
+        configuration = CONFIGURATION.format(host=socket.gethostname(), ports=ports, folder=folder, cpus=os.cpu_count())
         (folder / "slurm.conf").write_text(configuration)
         key = folder / "munge.key"
         key.write_bytes(os.urandom(64))
@@ -98,7 +96,9 @@ class Slurm:
     def _start(self, program: str, *flags: str) -> None:
         with open(self.folder / f"{program}.{len(self.daemons)}.log", "w") as log:
             self.daemons.append(
-                subprocess.Popen([program, *flags], env=self.environment, stdout=log, stderr=log, start_new_session=True)
+                subprocess.Popen(
+                    [program, *flags], env=self.environment, stdout=log, stderr=log, start_new_session=True
+                )
             )
 
     def _wait(self, is_there, what: str) -> None:

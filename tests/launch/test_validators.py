@@ -37,7 +37,7 @@ def test_skypilot_reads_its_file():
     task = sky.Task.from_yaml(str(LAUNCH / "skypilot.yaml"))
     assert {next(iter(choice.accelerators)) for choice in task.resources} == {"A100-80GB", "H100"}
     assert all(choice.use_spot for choice in task.resources)
-    assert task.storage_mounts["/output"].name == "YOUR-BUCKET".lower() or task.storage_mounts["/output"].name
+    assert task.storage_mounts["/output"].name == "YOUR-BUCKET"
 
 
 def test_skypilot_refuses_a_fault(tmp_path):

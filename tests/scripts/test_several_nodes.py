@@ -119,9 +119,7 @@ def assert_same(found: Run, expected: Run) -> None:
     assert all(torch.equal(tensor, now[name]) for name, tensor in then.items())
 
 
-@pytest.mark.parametrize(
-    "strategy", ["full on ZeRO-2", pytest.param("LoRA on DDP", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("strategy", ["full on ZeRO-2", pytest.param("LoRA on DDP", marks=pytest.mark.slow)])
 def test_two_nodes_train_what_one_does(start, one_node, folder, flags, strategy):
     output, port = folder / f"two-{strategy.split()[0]}", free_port()
     options = ["--nnodes=2", "--master_addr=localhost", f"--master_port={port}"]
@@ -148,3 +146,41 @@ def test_a_node_that_is_lost_and_replaced_costs_the_steps_since_the_last_checkpo
         assert agent.process.wait(PATIENCE) == 0, first.said() + agent.said()
     assert f"going on from {output}/checkpoint-" in first.said() + replaced.said()
     assert_same(Run(output, 0, "", ""), one_node(strategy))
+
+
+def lose_one_for_good(start, output: Path, flags: list[str]) -> Agent:
+    """Starts two nodes, of which one would do, loses the second after a checkpoint, and waits for the end of the first."""
+    port = free_port()
+    first, second = (start(output, elastic("1:2", port, is_first), flags) for is_first in (True, False))
+    wait_for(output / "checkpoint-2" / "manifest.json", first)
+    second.lose()
+    first.process.wait(PATIENCE)
+    return first
+
+
+@pytest.mark.slow
+def test_ddp_goes_on_with_the_nodes_that_are_left(start, one_node, folder, flags):
+    whole, output = one_node("LoRA on DDP"), folder / "left-LoRA"
+    agent = lose_one_for_good(start, output, [*flags, *STRATEGIES["LoRA on DDP"]])
+    said = agent.said()
+    assert agent.process.returncode == 0, said
+    assert f"going on from {output}/checkpoint-" in said
+    assert "changed: processes 1 instead of 2" in said
+    # Each step sees the samples that it would have seen.
+    assert "effective batch  4 = 1 rank(s) x 1 micro-batch x 4 accumulation" in said
+    losses = Run(output, 0, "", "").losses
+    assert losses[:2] == whole.losses[:2]
+    assert len(losses) == len(whole.losses)
+    # Dropout has other random numbers on another rank.
+    assert losses == pytest.approx(whole.losses, rel=0.1)
+
+
+@pytest.mark.slow
+def test_zero2_needs_as_many_nodes_as_before_and_says_so(start, folder, flags):
+    agent = lose_one_for_good(start, folder / "left-full", flags)
+    assert agent.process.returncode == 1
+    assert (
+        "expected 2 processes, since DeepSpeed keeps a share of the optimizer's states for each, found 1"
+        in agent.said()
+    )
+    assert not (folder / "left-full" / "manifest.json").exists()
