@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
 
 class StopSignals:
     """Notes SIGTERM and SIGINT, so that a run can stop where it loses nothing; a second one stops at once.
@@ -19,15 +21,15 @@ class StopSignals:
     """
 
     def __init__(self):
-        self.signum, self._since, self._pid = 0, 0.0, os.getpid()
+        self.signum, self._since = 0, 0.0
 
     def install(self) -> None:
         """From now on signals are noted."""
-        for signum in (signal.SIGTERM, signal.SIGINT):
+        for signum in SIGNALS:
             signal.signal(signum, self._note)
 
     def _note(self, signum, frame):
-        if self.signum and (time.monotonic() - self._since > 2 or os.getpid() != self._pid):
+        if self.signum and time.monotonic() - self._since > 2:
             os._exit(128 + signum)
         if not self.signum:
             self.signum, self._since = signum, time.monotonic()
@@ -45,10 +47,10 @@ stop_signals = StopSignals()
 
 
 def spare_workers(loader: DataLoader) -> DataLoader:
-    """Has the workers of a DataLoader live on when a scheduler signals every process, as Slurm does: the step needs them.
+    """Has the workers of a DataLoader live on when every process is signalled: the step that is then saved needs them.
 
-    They end with the second signal, which is the DataLoader's. torch gives them a handler that ends them at the first one,
-    unless it is their parent's, and the run then fails instead of saving.
+    A scheduler such as Slurm signals all processes, and torchrun all of a rank's group. torch has workers die of it, and the run
+    would fail instead of saving. They end when the DataLoader tells them to, and seconds after their rank.
     """
     loader.worker_init_fn = partial(_begin_worker, loader.worker_init_fn)
     return loader
@@ -57,6 +59,5 @@ def spare_workers(loader: DataLoader) -> DataLoader:
 def _begin_worker(begin: Callable[[int], None] | None, worker: int) -> None:
     if begin is not None:
         begin(worker)
-    # What Python knows of the process that this one was forked from, not of torch's handler.
-    if callable(handler := signal.getsignal(signal.SIGTERM)):
-        signal.signal(signal.SIGTERM, handler)
+    for signum in SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
