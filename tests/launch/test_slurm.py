@@ -32,9 +32,9 @@ pytestmark = [
 LIMIT, NOTICE = 30, 90  # minutes, seconds
 LIMITS = [f"--time={LIMIT}", f"--signal=B:USR1@{NOTICE}"]
 PATIENCE = 1200  # seconds
-# Some 60 seconds of training on an idle machine: Slurm looks at the limits every 30.
+# Some 45 seconds of training on an idle machine: Slurm looks at the limits every 30.
 FLAGS = [
-    *("--num_crops", "1", "--batch_size", "16", "--batch_size_per_gpu", "4", "--max_steps", "400", "--no-tqdm"),
+    *("--num_crops", "1", "--batch_size", "16", "--batch_size_per_gpu", "4", "--max_steps", "300", "--no-tqdm"),
     *("--learning_rate", "1e-3", "--logging_steps", "20", "--max_new_tokens", "4", "--dataloader_num_workers", "1"),
 ]
 CONFIGURATION = """\
