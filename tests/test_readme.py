@@ -23,10 +23,11 @@ TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for
 README = TEXTS["README.md"]
 # Of other programs, which have tests of their own.
 OTHERS = ("docs/serving.md", "docs/trl.md")
-# Flags of pip, torchrun, pytest, docker and the commands without a parser to ask.
+# Flags of pip, torchrun, pytest, docker, sbatch, kubectl, az and the commands without a parser to ask.
 OTHER = {
     "--nproc_per_node", "--nnodes", "--master_addr", "--master_port", "--node_rank", "--standalone", "--shutdown-timeout",
     "--max_restarts", "--no-deps", "--help", "--parity-results", "--hypothesis-profile", "--ratios", "--ipc", "--shm-size",
+    "--rdzv_backend", "--rdzv_endpoint", "--rdzv_conf", "--time", "--signal", "--nodes", "--file", "--filename", "--tag", "--build-arg",
     "--out_dir", "--archive", "--video_dir", "--num_frames",
 }  # fmt: skip
 # The commands of the published recipe, each as it is printed there.

@@ -8,6 +8,8 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, Dataset
 
+from ..training.signals import spare_workers
+
 Answer = TypeVar("Answer")
 
 
@@ -43,6 +45,7 @@ def answer_in_rounds(
         # Its own: the run's random numbers stay as they are.
         generator=torch.Generator(),
     )
+    spare_workers(loader)
     for batch, inputs in zip(batches, loader, strict=True):
         pairs = list(zip(batch, answer(batch, inputs), strict=True)) if batch else []
         yield gather_object(pairs) if ranks > 1 else pairs

@@ -27,6 +27,7 @@ from .callbacks import (
 from .checkpoint import final_files, seal
 from .identity import read_run
 from .progress import Progress
+from .signals import spare_workers
 from .trackers import log_answers, write_beside_the_run
 from .upload import UploadCheckpoint
 from .weights import load_weights, whole_weights
@@ -91,6 +92,12 @@ class RecipeTrainer(Trainer):
                 args.dataloader_drop_last,
             )
         )
+        spare_workers(loader.base_dataloader)
+        return loader
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        loader = super().get_eval_dataloader(eval_dataset)
+        spare_workers(loader.base_dataloader)
         return loader
 
     def create_optimizer(self, model=None):

@@ -7,10 +7,13 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
 
+import psutil
 import pytest
 import recipe
 import tiny
@@ -18,6 +21,7 @@ import torch
 from accelerate.data_loader import prepare_data_loader, skip_first_batches
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch.utils.data import DataLoader
 
 from finetuning.arguments import RecipeArguments
 from finetuning.data.collator import DataCollatorForPhi3V
@@ -25,10 +29,11 @@ from finetuning.data.conversation import Conversation, Turn
 from finetuning.data.encoding import encode_conversation
 from finetuning.data.sampler import StepSampler
 from finetuning.errors import InputError, RunError, Stopped
+from finetuning.results.rounds import answer_in_rounds
 from finetuning.training import callbacks, checkpoint
 from finetuning.training.checkpoint import find_checkpoints, find_damage, read_manifest
 from finetuning.training.identity import write_run
-from finetuning.training.signals import stop_signals
+from finetuning.training.signals import spare_workers, stop_signals
 from finetuning.training.summary import count_steps
 from finetuning.training.trainer import RecipeTrainer
 
@@ -688,6 +693,57 @@ def test_a_signal_stops_before_an_evaluation(trainer):
     found.model.event = event
     with pytest.raises(Stopped, match="checkpoint-1 is written"):
         found.train()
+
+
+def signal_every_process(call: int):
+    """An event that sends SIGTERM to all processes, as Slurm does, and again, as torchrun."""
+
+    def event(calls):
+        if calls == call:
+            workers = [process.pid for process in psutil.Process().children()]
+            assert len(workers) == 2
+            for _ in range(2):
+                subprocess.run(["kill", "-TERM", *map(str, workers), str(os.getpid())], check=True)
+            time.sleep(0.5)
+
+    return event
+
+
+@pytest.mark.parametrize("call", [1, 2, 5])
+def test_a_signal_to_every_process_saves_too(trainer, call):
+    whole = trainer("--output_dir", "whole")
+    whole.train()
+    stopped = trainer("--dataloader_num_workers", "2", model=Model(signal_every_process(call)))
+    step = (call + 1) // 2
+    with pytest.raises(Stopped, match=f"checkpoint-{step} is written"):
+        stopped.train()
+    stop_signals.__init__()
+    again = resume(trainer, f"output/checkpoint-{step}", "--dataloader_num_workers", "2")
+    assert torch.equal(again.model.weight, whole.model.weight)
+    assert losses(again) == losses(whole)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_worker_ends_with_its_loader_and_not_by_a_signal(signum):
+    loader = spare_workers(DataLoader(range(10), num_workers=1, prefetch_factor=1))
+    found = []
+    for number in loader:
+        found.append(number)
+        (worker,) = psutil.Process().children()
+        subprocess.run(["kill", f"-{signum.value}", str(worker.pid)], check=True)
+    assert found == list(range(10))
+    worker.wait(20)
+
+
+def test_the_workers_that_prepare_prompts_are_spared():
+    def answer(batch, inputs):
+        (worker,) = psutil.Process().children()
+        if batch == [1]:
+            subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
+        return inputs
+
+    rounds = answer_in_rounds(range(20), list, range(20), 1, 1, answer)
+    assert [pair for found in rounds for pair in found] == [(number, number) for number in range(20)]
 
 
 def test_a_second_signal_stops_at_once(monkeypatch):
