@@ -45,7 +45,7 @@ class ParquetFile(Sequence[Row]):
     def values(self, index: int) -> Row:
         """A row whose pictures' paths are as they stand in the file."""
         [row] = self._table[index : index + 1].to_pylist()
-        return Row(_plain(row), f"{self._name}: row {index + 1}")
+        return Row(_plain(row), f"{self._name}, row {index + 1}")
 
     def __getitem__(self, index: Any) -> Any:
         row = self.values(index)
