@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import pyarrow as pa
@@ -111,6 +112,12 @@ def identify_picture(source: Any, folder: str | None = None) -> tuple:
         status = os.stat(path)
     except OSError as error:
         raise InputError(f"{printable(path)}: expected an image file, found: {error.strerror}") from None
-    start = os.path.join(os.path.normpath(folder), "") if folder else ""
+    start = _beginning(folder)
     inside = start and path.startswith(start)
     return os.path.normpath(path[len(start) :]) if inside else path, status.st_size, status.st_mtime_ns
+
+
+@lru_cache
+def _beginning(folder: str | None) -> str:
+    """How the paths of the files in a folder begin."""
+    return os.path.join(os.path.normpath(folder), "") if folder else ""
