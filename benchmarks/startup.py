@@ -9,7 +9,8 @@ test.jsonl (100 rows); their pictures are 1,000 small JPEG files, or one file a 
 tokenizer is the demo's. The first time the folder of caches and the output folder are empty, the second time they are as the first
 one left them; the files are in the system's page cache both times.
 
-Units: seconds that passed, the slower process; peak resident memory of a process in GB (10^9 bytes), the larger one, and what
+Units: seconds that passed, the slower process (a machine that others use makes them longer), and seconds of computing of the busier
+process; peak resident memory of a process in GB (10^9 bytes), the larger one, and what
 it was before `load_splits` (Python and the libraries). Written: benchmarks/results/startup.json.
 """
 
@@ -73,7 +74,7 @@ def start(out: str) -> None:
 
     args = parse_args()
     processor = load_processor(args)
-    base, marks = peak_gb(), [("", time.perf_counter())]
+    base, marks, cpu = peak_gb(), [("", time.perf_counter())], time.process_time()
 
     def mark(name: str) -> None:
         marks.append((name, time.perf_counter()))
@@ -90,6 +91,7 @@ def start(out: str) -> None:
     mark("begin_or_resume")
     found = {
         "seconds": marks[-1][1] - marks[0][1],
+        "cpu_seconds": time.process_time() - cpu,
         "stages": {name: end - marks[index][1] for index, (name, end) in enumerate(marks[1:])},
         "peak_gb": peak_gb(),
         "base_gb": base,
@@ -115,6 +117,7 @@ def measure(model: Path, data: Path, folder: Path) -> dict[str, dict]:
         slowest = max(ranks, key=lambda rank: rank["seconds"])
         found[turn] = {
             "seconds": round(slowest["seconds"], 2),
+            "cpu_seconds": round(max(rank["cpu_seconds"] for rank in ranks), 2),
             "peak_gb": round(max(rank["peak_gb"] for rank in ranks), 3),
             "base_gb": round(max(rank["base_gb"] for rank in ranks), 3),
             "stages": {name: round(value, 2) for name, value in slowest["stages"].items()},

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
-from huggingface_hub import cached_assets_path
+from huggingface_hub.constants import HF_ASSETS_CACHE
 
 from phi3v import Phi3VProcessor
 
@@ -23,7 +23,7 @@ UNKNOWN = -1
 
 
 def cache_file(processor: Phi3VProcessor, *data: Any) -> Path:
-    """The file for the lengths of some data, in the folder that huggingface_hub gives libraries ($HF_ASSETS_CACHE).
+    """The file for the lengths of some data, in the folder that huggingface_hub keeps for other libraries ($HF_ASSETS_CACHE).
 
     Args:
         processor (Phi3VProcessor): all of it that a length depends on is part of the file's name.
@@ -33,8 +33,8 @@ def cache_file(processor: Phi3VProcessor, *data: Any) -> Path:
     images, tokenizer = processor.image_processor, processor.tokenizer
     counting = [VERSION, pixel_limit(), sorted(images.to_dict().items(), key=lambda item: item[0])]
     counting += [tokenizer.backend_tokenizer.to_str(), processor.chat_template]
-    folder = cached_assets_path("phi3v-finetuning", "lengths", assets_dir=os.environ.get("HF_ASSETS_CACHE"))
-    return folder / f"{digest(counting).hex()}-{digest(data).hex()}.parquet"
+    folder = Path(os.environ.get("HF_ASSETS_CACHE") or HF_ASSETS_CACHE).expanduser()
+    return folder / "phi3v-finetuning" / "lengths" / f"{digest(counting).hex()}-{digest(data).hex()}.parquet"
 
 
 def key_of(known: Fingerprint) -> int:
@@ -85,6 +85,7 @@ class LengthCache:
         """
         unique, first = np.unique(keys, return_index=True)
         table = pa.table({"key": unique.astype(np.uint64), "length": lengths[first].astype(np.int32)})
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=self.path.parent, prefix=".", delete=False) as aside:
             try:
                 pq.write_table(table, aside, use_dictionary=False, compression="none", write_page_checksum=True)
