@@ -189,11 +189,11 @@ class Checker:
 
 def join(parts: Sequence[Checked]) -> Checked:
     """What was found of all rows, from that of blocks in their order."""
-    tables = [part.fingerprints.table for part in parts]
     return Checked(
-        *(np.concatenate([getattr(part, name) for part in parts]) for name in ("numbers", "lengths", "keys")),
-        Fingerprints(pa.concat_tables(tables)),
+        np.concatenate([part.numbers for part in parts]),
+        np.concatenate([part.lengths for part in parts]),
+        np.concatenate([part.keys for part in parts]),
+        Fingerprints(pa.concat_tables([part.fingerprints.table for part in parts])),
         [row for part in parts for row in part.bad],
-        None,
-        sum(part.counted for part in parts),
+        counted=sum(part.counted for part in parts),
     )

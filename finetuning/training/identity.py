@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from datetime import datetime
 from pathlib import Path
@@ -104,7 +104,7 @@ def spread_of(args: RecipeArguments) -> dict[str, Any]:
     return {"processes": args.world_size, "batch_size_per_gpu": args.per_device_train_batch_size, "engine": engine}
 
 
-def write_run(folder: Path, record: dict[str, Any], rows: dict[str, Sequence[Fingerprint]] | None = None) -> None:
+def write_run(folder: Path, record: dict[str, Any], rows: Mapping[str, Sequence[Fingerprint]] | None = None) -> None:
     """Writes what the run is known by: run.json and, with `rows` (split -> fingerprints), run_rows.parquet."""
     if rows is not None:
         tables = [
