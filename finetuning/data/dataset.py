@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
@@ -146,8 +147,9 @@ def build_dataset(
     found = _check_together(Checker(rows, to_conversation, processor, args, split, cache, ROWS_WITH_TEXT), args)
     _refuse_bad_rows(found.bad, len(rows), args, purpose)
     numbers = found.numbers
-    ids = (known_id for (known_id,) in found.fingerprints.values("id"))
-    check_unique_ids(ids, lambda place: where(rows[numbers[place]], numbers[place]))
+    if pc.count_distinct(found.fingerprints.table["id"]).as_py() < len(numbers):
+        ids = (name for (name,) in found.fingerprints.values("id"))
+        check_unique_ids(ids, lambda place: where(rows[int(numbers[place])], int(numbers[place])))
     _keep_lengths(cache, found)
     return ConversationDataset(
         select(rows, numbers.tolist()) if found.bad else rows,

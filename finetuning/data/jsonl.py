@@ -26,7 +26,7 @@ class JsonlFile(Sequence[Row]):
     """
 
     def __init__(self, path: str | os.PathLike):
-        self._lines, self._name, self._folder = Lines(path), printable(os.fspath(path)), Path(path).parent
+        self._lines, self._name, self._folder = Lines(path), printable(os.fspath(path)), os.path.dirname(path)
         if not len(self._lines):
             raise InputError(f"{self._name}: expected at least one row, found none")
 
@@ -35,18 +35,21 @@ class JsonlFile(Sequence[Row]):
 
     def values(self, index: int) -> Row:
         """A row whose pictures' paths are as they stand in the file."""
+        return Row(*self._read(index))
+
+    def __getitem__(self, index: Any) -> Any:
+        row, place = self._read(index)
+        try:
+            return Row(resolve_images(row, self._folder), place)
+        except InputError as error:
+            raise InputError(f"{place}: {sample_name(row)}{error}") from None
+
+    def _read(self, index: int) -> tuple[dict[str, Any], str]:
         number, line = self._lines[index]
         row, place = _parse_line(line), f"{self._name}:{number}"
         if isinstance(row, InputError):
             raise InputError(f"{place}: {row}")
-        return Row(row, place)
-
-    def __getitem__(self, index: Any) -> Any:
-        row = self.values(index)
-        try:
-            return Row(resolve_images(row, self._folder), row.where)
-        except InputError as error:
-            raise InputError(f"{row.where}: {sample_name(row)}{error}") from None
+        return row, place
 
 
 def read_jsonl(path: str | os.PathLike) -> list[Row]:

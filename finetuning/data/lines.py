@@ -1,5 +1,6 @@
 """Lines of a text file, each read when it is asked for: what is kept of a file is where its lines begin, 8 bytes a line."""
 
+import io
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -28,12 +29,12 @@ class Lines(Sequence[tuple[int, str]]):
     """
 
     def __init__(self, path: str | os.PathLike):
-        self.path, self._file = os.fspath(path), -1
-        self._state = self._open()
-        size = self._state[0]
+        self.path = os.fspath(path)
+        self._file: io.FileIO | None = self._open()
+        self._state = _state_of(self._file)
         starts, first = _find_starts(self._file)
         # Where each line begins, and the end of the file.
-        self._bounds = np.append(starts, size)
+        self._bounds = np.append(starts, self._state[0])
         # Few lines begin with anything but a brace; each of those is looked at.
         blank = [line for line in np.flatnonzero(first != BRACE).tolist() if not self._text(line).strip()]
         self._kept = np.delete(np.arange(len(starts)), blank) if blank else None
@@ -52,44 +53,39 @@ class Lines(Sequence[tuple[int, str]]):
 
     def __getstate__(self) -> dict[str, Any]:
         # A process that does not share this one's open files opens the file itself.
-        return {**vars(self), "_file": -1}
-
-    def __del__(self):
-        if getattr(self, "_file", -1) >= 0:
-            os.close(self._file)
+        return {**vars(self), "_file": None}
 
     def _text(self, line: int) -> str:
-        if self._file < 0:
-            self._open()
+        if self._file is None:
+            self._file = self._open()
         if _state_of(self._file) != self._state:
             raise InputError(
                 f"{printable(self.path)}:{line + 1}: expected the file as it was at the start, found it changed; the same command "
                 "goes on with the file as it was"
             )
         start, end = int(self._bounds[line]), int(self._bounds[line + 1])
-        return os.pread(self._file, end - start, start).decode("utf-8", "surrogateescape")
+        return os.pread(self._file.fileno(), end - start, start).decode("utf-8", "surrogateescape")
 
-    def _open(self) -> tuple[int, int]:
+    def _open(self) -> io.FileIO:
         check_regular_file(self.path, "a file with rows")
         try:
-            self._file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            return open(self.path, "rb", buffering=0)
         except OSError as error:
             found = f"expected a file with rows, found: {error.strerror}"
             raise InputError(f"{printable(self.path)}: {found}") from None
-        return _state_of(self._file)
 
 
-def _state_of(file: int) -> tuple[int, int]:
-    status = os.fstat(file)
+def _state_of(file: io.FileIO) -> tuple[int, int]:
+    status = os.fstat(file.fileno())
     return status.st_size, status.st_mtime_ns
 
 
-def _find_starts(file: int) -> tuple[np.ndarray, np.ndarray]:
+def _find_starts(file: io.FileIO) -> tuple[np.ndarray, np.ndarray]:
     """Where each line begins and its first byte; lines end as in Python's text files, with "\\n", "\\r\\n" or "\\r"."""
     starts, first = [np.zeros(0, np.int64)], [np.zeros(0, np.uint8)]
     position, ended = 0, True
-    while block := os.pread(file, BLOCK, position):
-        while block.endswith(b"\r") and (more := os.pread(file, 1, position + len(block))):
+    while block := os.pread(file.fileno(), BLOCK, position):
+        while block.endswith(b"\r") and (more := os.pread(file.fileno(), 1, position + len(block))):
             block += more
         codes = np.frombuffer(block, np.uint8)
         ends = codes == NEWLINE

@@ -6,7 +6,6 @@ from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -84,7 +83,7 @@ class Rows(Sequence):
         return Rows(self.sources, self._numbers[np.asarray(numbers, dtype=np.int64)])
 
 
-def resolve_images(row: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def resolve_images(row: Mapping[str, Any], folder: str | os.PathLike) -> dict[str, Any]:
     """The row with the image paths in its fields image, img, images and conversations made whole.
 
     Paths are relative to the folder of the jsonl file, in `conversations` (the converted form) to its folder images/. A null
@@ -120,7 +119,7 @@ def _inside(folder: str, path: Any, field: str) -> Any:
         raise InputError(f"{field}: expected an image path, found {shown(path)}")
     whole = os.path.normpath(os.path.join(folder, path))
     try:
-        inside = _real_file(whole).startswith(os.path.join(_real_folder(folder), ""))
+        inside = _real_file(whole).startswith(_real_beginning(folder))
     except ValueError:  # a null character or half a surrogate pair
         inside = False
     if not inside:
@@ -137,6 +136,12 @@ def _real_file(path: str) -> str:
     except OSError:  # not there: another check says so
         pass
     return os.path.join(_real_folder(folder), name)
+
+
+@lru_cache
+def _real_beginning(folder: str) -> str:
+    """How the real paths of the files in a folder begin."""
+    return os.path.join(os.path.realpath(folder), "")
 
 
 @lru_cache(maxsize=10_000)
