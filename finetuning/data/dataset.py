@@ -199,7 +199,7 @@ def _counted(check: str, size: int) -> Callable[[int], bool]:
 def _keep_lengths(cache: LengthCache, found: Checked) -> None:
     """Writes the lengths for the next start, on the first rank of each machine; a run goes on where it cannot."""
     known = found.lengths != UNKNOWN
-    if os.environ.get("LOCAL_RANK", "0") != "0" or not (found.counted or cache.damage or not known.any()):
+    if os.environ.get("LOCAL_RANK", "0") != "0" or not found.counted:
         return
     try:
         cache.write(found.keys[known], found.lengths[known])

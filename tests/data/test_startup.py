@@ -257,6 +257,17 @@ def test_two_runs_at_once_leave_a_whole_file(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
+def test_a_write_that_does_not_end_leaves_the_file_as_it_was(data, assets, monkeypatch):
+    start(data)
+    path = the_file(assets)
+    whole = path.read_bytes()
+    edit(data, 3, answer="another")
+    monkeypatch.setattr("finetuning.data.length_cache.os.replace", full_disk)
+    start(data)
+    assert path.read_bytes() == whole
+    assert list(path.parent.iterdir()) == [path]
+
+
 def test_the_splits_and_folders_keep_files_of_their_own():
     names = {cache_file(PROCESSOR, folder, split) for folder in ("a", "b") for split in ("train", "eval")}
     assert len(names) == 4
@@ -320,8 +331,8 @@ def test_fields_texts_and_paths_are_checked_always(data, check, change, found):
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_blocks_keep_the_order_of_the_rows(monkeypatch, data, ranks):
-    monkeypatch.setattr(dataset_module, "BLOCK", 2)
-    monkeypatch.setattr(dataset_module, "BLOCKS", 1)
+    monkeypatch.setattr(dataset_module, "BLOCK", 1)
+    monkeypatch.setattr(dataset_module, "BLOCKS", 2)
     for rank, built in enumerate(recipe.on_ranks(monkeypatch, MODULE, ranks, lambda _: start(data))):
         assert built.lengths == lengths_of(data)
         assert [known.id for known in built.fingerprints] == ([] if rank else [f"r{number}" for number in range(ROWS)])
