@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
-import pyarrow.compute as pc
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from transformers import TrainerCallback
+from xxhash import xxh3_64_intdigest
 
 from phi3v import Phi3VProcessor
 
@@ -147,7 +147,8 @@ def build_dataset(
     found = _check_together(Checker(rows, to_conversation, processor, args, split, cache, ROWS_WITH_TEXT), args)
     _refuse_bad_rows(found.bad, len(rows), args, purpose)
     numbers = found.numbers
-    if pc.count_distinct(found.fingerprints.table["id"]).as_py() < len(numbers):
+    hashes = np.fromiter((xxh3_64_intdigest(name.encode()) for (name,) in found.fingerprints.values("id")), np.uint64)
+    if len(np.unique(hashes)) < len(numbers):
         ids = (name for (name,) in found.fingerprints.values("id"))
         check_unique_ids(ids, lambda place: where(rows[int(numbers[place])], int(numbers[place])))
     _keep_lengths(cache, found)
@@ -180,11 +181,14 @@ def _check_together(checker: Checker, args: DataArguments) -> Checked:
                 break
         shares = gather_object([mine])
         # As they were dealt: the first block of each rank, the second of each, ...
-        rounds += [blocks[turn] for turn in range(BLOCKS) for blocks in shares if turn < len(blocks)]
-        faults = [found.fault for found in rounds if found.fault]
+        dealt = [blocks[turn] for turn in range(BLOCKS) for blocks in shares if turn < len(blocks)]
+        faults = [found.fault for found in dealt if found.fault]
         if faults:
             raise ScriptError(min(faults)[1])
-        if args.on_bad_row == "stop" and any(found.bad for found in rounds):
+        rounds.append(join(dealt))
+        # Many small tables hold several times the memory of one.
+        rounds[-1].fingerprints = Fingerprints(rounds[-1].fingerprints.table.combine_chunks())
+        if args.on_bad_row == "stop" and rounds[-1].bad:
             break
     return join(rounds)
 
