@@ -227,6 +227,20 @@ def readers() -> str:
     return "\n".join((*lines, ""))
 
 
+def startup() -> str:
+    """Seconds, of them of computing, and memory of a start before a model is loaded, before rows stayed in their files and since."""
+    found = load("startup")
+    lines = ["| rows | when | seconds, of them computing | GB a process |", "|---|---|---|---|"]
+    for case in found["after"]["cases"]:
+        for turn in ("first", "second"):
+            for label, when in (("before", "formerly"), ("after", "now")):
+                figures = found[label]["cases"][case][turn]
+                computing = f", {figures['cpu_seconds']:.1f}" if "cpu_seconds" in figures else ""
+                start = f"{turn} start, {when}"
+                lines.append(f"| {case} | {start} | {figures['seconds']:.1f}{computing} | {figures['peak_gb']:.2f} |")
+    return "\n".join((*lines, ""))
+
+
 def table(found: list[tuple[str, str, str]]) -> str:
     lines = [f"| {what} | {result} | `{command}` |" for what, result, command in found]
     return "\n".join(("| what | result | command |", "|---|---|---|", *lines, ""))
@@ -240,6 +254,7 @@ PARTS = {
     "speed": lambda: table(speed()),
     "levers": levers,
     "readers": readers,
+    "startup": startup,
 }
 BEGIN = "<!-- {} made by `python -m benchmarks.readme` -->\n"
 

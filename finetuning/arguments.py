@@ -38,7 +38,7 @@ ZERO2 = DS_CONFIGS / "zero2.json"
 GROUPS = {
     "model": ["model_name_or_path", "attn_implementation", "use_flash_attention", "bf16", "fp16"],
     "strategy": ["freeze_vision_model", "use_lora", "use_qlora", "lora_rank", "lora_alpha_ratio", "lora_dropout", "deepspeed"],
-    "data": ["data_dir", "full_train", "num_crops", "max_image_pixels", "max_length", "padding_free", "on_bad_row", "max_bad_rows"],
+    "data": ["data_dir", "full_train", "num_crops", "max_image_pixels", "max_length", "padding_free", "check", "on_bad_row", "max_bad_rows"],
     "optimisation": [
         "batch_size",
         "per_device_train_batch_size",
@@ -145,6 +145,12 @@ class RecipeArguments(TrainingArguments):
         help="longest sample allowed, in tokens; a longer one is refused (default: what the model can take)",
     )
     padding_free: bool = _switch(False, "join the samples of a micro-batch in one row instead of padding them")
+    check: str = _flag(
+        default="all",
+        help="rows whose pictures' headers are read and tokens counted before training: all, sample (10,000, evenly spread) or "
+        "none; the fields and texts of all rows are",
+        metadata={"choices": ["all", "sample", "none"]},
+    )
     on_bad_row: str = _flag(
         default="stop",
         help="when a row cannot be used: stop, or skip it (each is named, and listed in bad_rows.jsonl)",

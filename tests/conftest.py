@@ -1,5 +1,7 @@
 """What all tests share: two threads, and the table of deviations from the official code."""
 
+import os
+import tempfile
 from pathlib import Path
 
 import torch
@@ -15,6 +17,11 @@ settings.register_profile(
 )
 settings.register_profile("long", max_examples=2_000, deadline=None, suppress_health_check=list(HealthCheck))
 settings.load_profile("short")
+
+
+# Lengths that a test has counted are kept for no later one, nor for the user's own runs.
+_assets = tempfile.TemporaryDirectory(prefix="phi3v-assets-")
+os.environ["HF_ASSETS_CACHE"] = _assets.name
 
 
 def pytest_addoption(parser):

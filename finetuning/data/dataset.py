@@ -1,28 +1,32 @@
 """Rows of a task, checked before a model is loaded, as the features of a training data set."""
 
+import os
+import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from transformers import TrainerCallback
+from xxhash import xxh3_64_intdigest
 
 from phi3v import Phi3VProcessor
 
-from ..errors import InputError, ScriptError, describe_script_error
-from .conversation import Conversation, check_conversation, check_unique_ids, control_tokens
-from .encoding import check_length, count_tokens, encode_conversation
-from .fingerprint import Fingerprint, fingerprint
-from .images import load_images
+from ..errors import InputError, ScriptError
+from .checking import BLOCK, BadRow, Checked, Checker, join
+from .conversation import Conversation, check_unique_ids
+from .encoding import encode_conversation
+from .fingerprint import Fingerprint, Fingerprints
+from .length_cache import UNKNOWN, LengthCache, cache_file
 from .reading import sample_rows, select, spread, where
-from .schemas import row_id
-from .shown import printable
 
 # Rows whose texts are kept to show what has changed; of all others the digests are.
 ROWS_WITH_TEXT = 10_000
 MAX_BAD_ROWS = 0.01  # share of the rows
+SAMPLED_ROWS = 10_000  # of --check sample
+BLOCKS = 50  # blocks of each rank between two exchanges of what was found
 
 
 class DataArguments(Protocol):
@@ -35,26 +39,6 @@ class DataArguments(Protocol):
     eval_size: int | None
     on_bad_row: str
     max_bad_rows: int | None
-
-
-@dataclass
-class BadRow:
-    """A row that cannot be used: its split, its number from 0, where it stands, and what is wrong with it."""
-
-    split: str
-    index: int
-    where: str
-    message: str
-
-
-@dataclass
-class _Checked:
-    """What one rank has found of its share of the rows, each with the row's number."""
-
-    lengths: list[tuple[int, int]] = field(default_factory=list)
-    fingerprints: list[tuple[int, Fingerprint]] = field(default_factory=list)
-    bad: list[BadRow] = field(default_factory=list)
-    fault: tuple[int, str] | None = None  # of the script's own code
 
 
 class ConversationDataset(torch.utils.data.Dataset):
@@ -86,7 +70,7 @@ class ConversationDataset(torch.utils.data.Dataset):
     ):
         self.rows, self.to_conversation, self.processor = rows, to_conversation, processor
         self.lengths, self.max_length, self.seed = lengths, max_length, seed
-        self.fingerprints, self.bad_rows, self.skip_bad = list(fingerprints), list(bad_rows), skip_bad
+        self.fingerprints, self.bad_rows, self.skip_bad = Fingerprints.of(fingerprints), list(bad_rows), skip_bad
         # In shared memory, so that workers that live on from epoch to epoch see it too.
         self._epoch = torch.zeros((), dtype=torch.long).share_memory_()
 
@@ -158,80 +142,85 @@ def build_dataset(
         rows = sample_rows(rows, args.eval_size)
     if split == "train" and args.do_train and not len(rows):
         raise InputError("load_splits: expected at least one row to train on, found none")
-    state = PartialState()
-    share = range(state.process_index, len(rows), state.num_processes)
-    shares = gather_object([_check_share(rows, share, to_conversation, processor, args, split)])
-    faults = [checked.fault for checked in shares if checked.fault]
-    if faults:
-        raise ScriptError(min(faults)[1])
-    bad = sorted((row for checked in shares for row in checked.bad), key=lambda row: row.index)
-    _refuse_bad_rows(bad, len(rows), args, purpose)
-    known = sorted((pair for checked in shares for pair in checked.fingerprints), key=lambda pair: pair[0])
-    check_unique_ids((found.id for _, found in known), lambda number: where(rows[known[number][0]], known[number][0]))
-    lengths = _in_order(pair for checked in shares for pair in checked.lengths)
-    fingerprints = [found for _, found in known]
-    if bad:
-        left_out = {row.index for row in bad}
-        kept = [index for index in range(len(rows)) if index not in left_out]
-        rows = select(rows, kept)
-    skip = args.on_bad_row == "skip"
+    name = getattr(args, "data_dir", None) or os.path.basename(sys.argv[0])
+    cache = LengthCache(cache_file(processor, os.path.realpath(name), split))
+    found = _check_together(Checker(rows, to_conversation, processor, args, split, cache, ROWS_WITH_TEXT), args)
+    _refuse_bad_rows(found.bad, len(rows), args, purpose)
+    numbers = found.numbers
+    hashes = np.fromiter((xxh3_64_intdigest(name.encode()) for (name,) in found.fingerprints.values("id")), np.uint64)
+    if len(np.unique(hashes)) < len(numbers):
+        ids = (name for (name,) in found.fingerprints.values("id"))
+        check_unique_ids(ids, lambda place: where(rows[int(numbers[place])], int(numbers[place])))
+    _keep_lengths(cache, found)
     return ConversationDataset(
-        rows,
+        select(rows, numbers.tolist()) if found.bad else rows,
         to_conversation,
         processor,
-        lengths,
+        _known_lengths(found.lengths),
         args.max_length,
         args.seed,
-        fingerprints if state.is_main_process else (),
-        bad,
-        skip,
+        found.fingerprints if PartialState().is_main_process else (),
+        found.bad,
+        args.on_bad_row == "skip",
     )
 
 
-def _in_order(pairs) -> list:
-    return [value for _, value in sorted(pairs, key=lambda pair: pair[0])]
-
-
-def _check_share(rows, share, to_conversation, processor, args: DataArguments, split: str) -> _Checked:
-    checked, skip = _Checked(), args.on_bad_row == "skip"
-    for index in share:
-        row = rows[index]
-        place, name = where(row, index), row_id(row)
-        name = place if name is None else f"{place} (id {printable(name)})"
-        try:
-            length, known = _check_row(row, to_conversation, processor, args, skip and split == "eval")
-            if index == share[0] and fingerprint(to_conversation(row), args.data_dir) != known:
-                raise InputError(
-                    "to_conversation: expected the same conversation each time that it gets the same row, found another; "
-                    "several acceptable answers go into Turn(answers=[...])"
-                )
-        except InputError as error:
-            checked.bad.append(BadRow(split, index, place, f"{place}: {error}"))
-            if not skip:
+def _check_together(checker: Checker, args: DataArguments) -> Checked:
+    """What all ranks find of all rows, each of its blocks: in rounds, so that the first bad row is told before all are read."""
+    state, size = PartialState(), len(checker.rows)
+    counted = _counted(getattr(args, "check", "all"), size)
+    # Few rows are dealt to all ranks too.
+    block = max(1, min(BLOCK, -(-size // state.num_processes)))
+    rounds = [checker.check([], counted)]
+    for start in range(0, size, block * state.num_processes * BLOCKS):
+        mine = []
+        for turn in range(BLOCKS):
+            first = start + (turn * state.num_processes + state.process_index) * block
+            mine.append(checker.check(range(first, min(first + block, size)), counted))
+            if mine[-1].fault or (mine[-1].bad and args.on_bad_row == "stop"):
                 break
-            continue
-        except Exception as error:
-            text = describe_script_error(error, name)
-            if text is None:
-                raise
-            checked.fault = index, text
+        shares = gather_object([mine])
+        # As they were dealt: the first block of each rank, the second of each, ...
+        dealt = [blocks[turn] for turn in range(BLOCKS) for blocks in shares if turn < len(blocks)]
+        faults = [found.fault for found in dealt if found.fault]
+        if faults:
+            raise ScriptError(min(faults)[1])
+        rounds.append(join(dealt))
+        # Many small tables hold several times the memory of one.
+        rounds[-1].fingerprints = Fingerprints(rounds[-1].fingerprints.table.combine_chunks())
+        if args.on_bad_row == "stop" and rounds[-1].bad:
             break
-        if index >= ROWS_WITH_TEXT:
-            known.text = ""
-        checked.lengths.append((index, length))
-        checked.fingerprints.append((index, known))
-    return checked
+    return join(rounds)
 
 
-def _check_row(row, to_conversation, processor, args: DataArguments, decode: bool) -> tuple[int, Fingerprint]:
-    """The row's length in tokens, with its longest answers, and its fingerprint."""
-    conversation = to_conversation(row)
-    check_conversation(conversation, control_tokens(processor.tokenizer))
-    length = count_tokens(conversation, processor)
-    check_length(length, args.max_length, f"sample {printable(conversation.id)}")
-    if decode:
-        load_images(conversation)
-    return length, fingerprint(conversation, args.data_dir)
+def _counted(check: str, size: int) -> Callable[[int], bool]:
+    """Whether the picture of a row is opened and its tokens are counted, by its number."""
+    if check == "sample" and size > SAMPLED_ROWS:
+        return set(spread(SAMPLED_ROWS, size)).__contains__
+    return lambda _: check != "none"
+
+
+def _keep_lengths(cache: LengthCache, found: Checked) -> None:
+    """Writes the lengths for the next start, on the first rank of each machine; a run goes on where it cannot."""
+    known = found.lengths != UNKNOWN
+    if os.environ.get("LOCAL_RANK", "0") != "0" or not found.counted:
+        return
+    try:
+        cache.write(found.keys[known], found.lengths[known])
+        problem = f"{cache.path} was damaged ({cache.damage}): all lengths were counted anew" if cache.damage else None
+    except OSError as error:
+        problem = f"{cache.path.parent}: lengths cannot be kept for the next start ({error.strerror})"
+    if problem:
+        print(f"warning: {problem}", flush=True)
+
+
+def _known_lengths(lengths: np.ndarray) -> list[int]:
+    """The lengths, in place of one that was not counted the mean of the others; each number is held once."""
+    known = lengths[lengths != UNKNOWN]
+    mean = int(known.mean()) if len(known) else 1
+    filled = np.where(lengths == UNKNOWN, mean, lengths)
+    shared = list(range(int(filled.max(initial=0)) + 1))
+    return [shared[length] for length in filled]
 
 
 def _refuse_bad_rows(bad: list[BadRow], count: int, args: DataArguments, purpose: str) -> None:

@@ -1,10 +1,13 @@
 """What a conversation is known by: its texts, answers and pictures, so that a run notices when one of them changes."""
 
 import os
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
+import pyarrow as pa
 import xxhash
 from PIL import Image
 
@@ -30,6 +33,55 @@ class Fingerprint:
     answers: bytes
     pictures: bytes
     text: str
+
+
+class Fingerprints(Sequence[Fingerprint]):
+    """Fingerprints of many conversations as columns of Arrow: a tenth of the memory of as many objects.
+
+    Args:
+        table (pa.Table): columns of `SCHEMA`.
+    """
+
+    SCHEMA = pa.schema(
+        [
+            ("id", pa.string()),
+            *((part, pa.binary()) for part in ("prompts", "answers", "pictures")),
+            ("text", pa.string()),
+        ]
+    )
+
+    def __init__(self, table: pa.Table):
+        self.table = table
+
+    @classmethod
+    def of(cls, known: Iterable[Fingerprint]) -> "Fingerprints":
+        """The same as columns."""
+        if isinstance(known, Fingerprints):
+            return known
+        known = list(known)
+        columns = {name: [getattr(item, name) for item in known] for name in cls.SCHEMA.names}
+        return cls(pa.table(columns, cls.SCHEMA))
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return list(self)[index]
+        return Fingerprint(*(column[index].as_py() for column in self.table.columns))
+
+    def __iter__(self) -> Iterator[Fingerprint]:
+        return (Fingerprint(*values) for values in self.values(*self.SCHEMA.names))
+
+    def __eq__(self, other: Any) -> bool:
+        return isinstance(other, Sequence) and len(self) == len(other) and all(map(Fingerprint.__eq__, self, other))
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def values(self, *names: str) -> Iterator[tuple]:
+        """The values of these columns, a row at a time; only some thousand rows are objects at once."""
+        for batch in self.table.select(names).to_batches(10_000):
+            yield from zip(*(column.to_pylist() for column in batch.columns), strict=True)
 
 
 def fingerprint(conversation: Conversation, folder: str | None = None) -> Fingerprint:
@@ -60,6 +112,12 @@ def identify_picture(source: Any, folder: str | None = None) -> tuple:
         status = os.stat(path)
     except OSError as error:
         raise InputError(f"{printable(path)}: expected an image file, found: {error.strerror}") from None
-    folder = folder and os.path.normpath(folder)
-    inside = folder and path.startswith(os.path.join(folder, ""))
-    return os.path.relpath(path, folder) if inside else path, status.st_size, status.st_mtime_ns
+    start = _beginning(folder)
+    inside = start and path.startswith(start)
+    return os.path.normpath(path[len(start) :]) if inside else path, status.st_size, status.st_mtime_ns
+
+
+@lru_cache
+def _beginning(folder: str | None) -> str:
+    """How the paths of the files in a folder begin."""
+    return os.path.join(os.path.normpath(folder), "") if folder else ""

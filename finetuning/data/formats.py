@@ -30,7 +30,9 @@ from pydantic import ValidationError
 
 from ..errors import InputError
 from .conversation import Conversation, check_conversation
-from .reading import Row, check_split, iterate_rows, resolve_images
+from .jsonl import iterate_rows
+from .reading import check_split
+from .rows import Row, resolve_images
 from .schemas import (
     ChatMessage,
     ChatPart,

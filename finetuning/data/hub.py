@@ -76,7 +76,7 @@ def _cached_split(name: str, config: str | None, split: str) -> "Dataset | None"
         # `hf download --repo-type dataset NAME`: only where the list of its files proves that all of them are there.
         get_cached_repo_tree(name, repo_type="dataset")
         folder = snapshot_download(name, repo_type="dataset", local_files_only=True)
-        return _quietly(datasets.load_dataset, folder, config, split=split)
+        return quietly(datasets.load_dataset, folder, config, split=split)
     except (CachedRepoTreeNotFoundError, LocalEntryNotFoundError):
         return None
 
@@ -86,7 +86,7 @@ def _fetch_data_set(name: str, config: str | None, split: str, progress: Progres
 
     # First, because its errors say whether the repository is gated, private or missing; those of `datasets` do not.
     _snapshot(name, "dataset", None, ["README.md"], progress)
-    builder = _quietly(datasets.load_dataset_builder, name, config)
+    builder = quietly(datasets.load_dataset_builder, name, config)
     files = [str(file) for found in (builder.config.data_files or {}).values() for file in found]
     parts = [re.fullmatch(r"hf://datasets/[^@]+@([0-9a-f]{40})/(.+)", file) for file in files]
     paths = [part[2] for part in parts if part]
@@ -95,11 +95,11 @@ def _fetch_data_set(name: str, config: str | None, split: str, progress: Progres
         # Several at once, with progress; the library then finds them in the cache.
         _snapshot(name, "dataset", revision, paths, progress)
     progress.downloading = False
-    _quietly(builder.download_and_prepare)
-    _quietly(builder.as_dataset, split=split)  # An unknown split is an error here, where its names are known.
+    quietly(builder.download_and_prepare)
+    quietly(builder.as_dataset, split=split)  # An unknown split is an error here, where its names are known.
 
 
-def _quietly(function: Any, *args: Any, **kwargs: Any) -> Any:
+def quietly(function: Any, *args: Any, **kwargs: Any) -> Any:
     """Calls a function of the library without its progress bars and warnings."""
     import datasets
 

@@ -103,13 +103,19 @@ def load_images(conversation: Conversation) -> list[Image.Image]:
     return _for_each_image(conversation, load_image)
 
 
-def image_sizes(conversation: Conversation) -> list[tuple[int, int]]:
+def image_sizes(
+    conversation: Conversation, size: Callable[[Any], tuple[int, int]] = image_size
+) -> list[tuple[int, int]]:
     """Width and height in pixels of each image of a conversation, from the headers alone.
+
+    Args:
+        conversation (Conversation): that `check_conversation` has passed.
+        size (Callable): `image_size`, or one that remembers.
 
     Raises:
         InputError: with the conversation's id, the turn, the image and its file, see `image_size`.
     """
-    return _for_each_image(conversation, image_size)
+    return _for_each_image(conversation, size)
 
 
 def describe_source(source: Any) -> str:

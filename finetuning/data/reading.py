@@ -1,214 +1,63 @@
-"""Rows of the files of a folder, each with the place where it stands."""
+"""Rows of the files of a folder: which split they belong to, and some of them."""
 
-import json
 import os
 import random
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+import numpy as np
+from accelerate import PartialState
+from accelerate.utils import gather_object
 
 from ..errors import InputError
-from .files import check_regular_file
+from .jsonl import JsonlFile
+from .jsonl import iterate_rows as iterate_rows
+from .jsonl import read_jsonl as read_jsonl
+from .parquet import ParquetFile
+from .rows import Row, Rows
+from .rows import resolve_images as resolve_images
+from .rows import where as where
 from .schemas import chat_format, conversion_advice, sample_name
 from .shown import printable, shown
 
 if TYPE_CHECKING:
     from ..arguments import RecipeArguments
 
-
-class Row(dict):
-    """A row of a file.
-
-    Args:
-        values (Mapping): its fields.
-        where (str): file and line, from 1, such as "data/train.jsonl:17".
-    """
-
-    __slots__ = ("where",)
-
-    def __init__(self, values: Mapping[str, Any], where: str):
-        super().__init__(values)
-        self.where = where
-
-    def __reduce__(self):
-        return Row, (dict(self), self.where)
+KINDS = {".jsonl": JsonlFile, ".parquet": ParquetFile}
 
 
-def where(row: Any, index: int) -> str:
-    """Where a row stands, for messages: "train.jsonl:17" where it was read from a file, or else "row 17".
-
-    Args:
-        row: a row of any kind.
-        index (int): its number in the split, from 0; the message counts from 1, as lines do.
-    """
-    return getattr(row, "where", None) or f"row {index + 1}"
-
-
-def iterate_rows(path: str | os.PathLike) -> Iterator[tuple[int, dict[str, Any] | InputError]]:
-    """Line, from 1, and row of each line of a jsonl file, or of each object of the list that a json file holds.
-
-    In place of a row that cannot be read stands its InputError, so that a checker can go on; empty lines are skipped. In a
-    json list nothing can be read after a broken row.
-
-    Args:
-        path (path): the file; a name that ends with .json stands for a list.
-
-    Raises:
-        InputError: with the file, if it cannot be read.
-    """
-    check_regular_file(path, "a file with rows")
-    try:
-        with open(path, encoding="utf-8", errors="surrogateescape") as file:
-            if Path(path).suffix == ".json":
-                yield from _parse_list(file.read())
-            else:
-                yield from ((number, _parse_line(line)) for number, line in enumerate(file, 1) if line.strip())
-    except OSError as error:
-        raise InputError(f"{printable(os.fspath(path))}: expected a file with rows, found: {error.strerror}") from None
-
-
-def _parse_line(line: str) -> dict[str, Any] | InputError:
-    try:
-        line.encode()
-    except UnicodeEncodeError as error:
-        return InputError(f"expected UTF-8 text, found the byte {ord(line[error.start]) - 0xDC00:#x}")
-    return _parse(line, None)[0]
-
-
-def _parse_list(text: str) -> Iterator[tuple[int, dict[str, Any] | InputError]]:
-    gap, line, start = re.compile(r"[\s,]*"), 1, 0
-    opening = re.match(r"\s*\[", text)
-    if not opening:
-        yield 1, InputError(f"expected a list of rows, found {shown(text[:40].strip())}; move other files away")
-        return
-    position = opening.end()
-    while True:
-        position = _end_of(gap, text, position)
-        line, start = line + text.count("\n", start, position), position
-        if text[position : position + 1] == "]":
-            return
-        row, end = _parse(text, position)
-        yield line, row
-        if end is None:
-            return
-        position = end
-
-
-def _end_of(pattern: re.Pattern, text: str, position: int) -> int:
-    match = pattern.match(text, position)
-    return match.end() if match else position
-
-
-def _parse(text: str, start: int | None) -> tuple[dict[str, Any] | InputError, int | None]:
-    """The object that is the whole text or begins at `start`, and where it ends, which broken JSON does not tell."""
-    end = len(text)
-    try:
-        if start is None:
-            row = json.loads(text)
-        else:
-            row, end = json.JSONDecoder().raw_decode(text, start)
-    except json.JSONDecodeError as error:
-        return InputError(f"expected a JSON object, found {error.msg} at column {error.colno}"), None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, too deep nesting
-        return InputError(f"expected a JSON object, found: {printable(str(error))}"), None
-    if not isinstance(row, dict):
-        return InputError(f"expected a JSON object, found {shown(row)}"), end
-    return row, end
-
-
-def read_jsonl(path: str | os.PathLike) -> list[Row]:
-    """Rows of a jsonl file, see `iterate_rows`, with image paths resolved, see `resolve_images`.
-
-    Raises:
-        InputError: with file, line and field; also if there is no row.
-    """
-    name, rows = printable(os.fspath(path)), []
-    for number, row in iterate_rows(path):
-        place = f"{name}:{number}"
-        if isinstance(row, InputError):
-            raise InputError(f"{place}: {row}")
-        try:
-            rows.append(Row(resolve_images(row, Path(path).parent), place))
-        except InputError as error:
-            raise InputError(f"{place}: {sample_name(row)}{error}") from None
-    if not rows:
-        raise InputError(f"{name}: expected at least one row, found none")
-    return rows
-
-
-def resolve_images(row: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """The row with the image paths in its fields image, img, images and conversations made whole.
-
-    Paths are relative to the folder of the jsonl file, in `conversations` (the converted form) to its folder images/. A null
-    stays what it is: the row's model refuses it where an image belongs.
-
-    Raises:
-        InputError: with the field, if one is no path or leaves the folder.
-    """
-    row, base = dict(row), os.fspath(folder)
-    for key in ("image", "img", "images"):
-        if row.get(key) is not None:
-            row[key] = _resolve(base, row[key], key)
-    turns = row.get("conversations")
-    if isinstance(turns, list):
-        base, row["conversations"] = os.path.join(base, "images"), list(turns)
-        for index, turn in enumerate(turns):
-            if isinstance(turn, dict) and turn.get("images") is not None:
-                field = f"conversations[{index}].images"
-                row["conversations"][index] = {**turn, "images": _resolve(base, turn["images"], field)}
-    return row
-
-
-def _resolve(folder: str, value: Any, field: str) -> str | list[str]:
-    if isinstance(value, list):
-        return [_inside(folder, path, f"{field}[{index}]") for index, path in enumerate(value)]
-    return _inside(folder, value, field)
-
-
-def _inside(folder: str, path: Any, field: str) -> str:
-    if not isinstance(path, str) or not path:
-        raise InputError(f"{field}: expected an image path, found {shown(path)}")
-    whole = os.path.normpath(os.path.join(folder, path))
-    try:
-        inside = os.path.realpath(whole).startswith(os.path.join(_real(folder), ""))
-    except ValueError:  # a null character or half a surrogate pair
-        inside = False
-    if not inside:
-        raise InputError(f"{field}: expected an image path inside {printable(folder)}, found {shown(path)}")
-    return whole
-
-
-@lru_cache
-def _real(folder: str) -> str:
-    return os.path.realpath(folder)
-
-
-def load_folder(args: "RecipeArguments", evaluation: Sequence[str]) -> tuple[list[Row], list[Row]]:
-    """Rows of --data_dir to train on, none where nothing is trained, and to answer, see `read_splits`.
+def load_folder(args: "RecipeArguments", evaluation: Sequence[str]) -> tuple[Sequence[Row], Sequence[Row]]:
+    """Rows of --data_dir to train on, none where nothing is trained, and to answer, see `read_splits`; on all ranks together.
 
     Args:
         args (RecipeArguments): data_dir, eval_split, do_train.
         evaluation (Sequence[str]): the task's usual names of the split to answer, the best first.
     """
     assert args.data_dir is not None, "the scripts ask"
-    return read_splits(args.data_dir, "train" if args.do_train else None, args.eval_split or evaluation)
+    state = PartialState()
+    ranks = state.process_index, state.num_processes
+    return read_splits(args.data_dir, "train" if args.do_train else None, args.eval_split or evaluation, ranks)
 
 
 def read_splits(
-    data_dir: str | os.PathLike, train: str | None = "train", evaluation: str | Sequence[str] = "test"
-) -> tuple[list[Row], list[Row]]:
-    """Rows of a folder to train on and to answer.
+    data_dir: str | os.PathLike,
+    train: str | None = "train",
+    evaluation: str | Sequence[str] = "test",
+    ranks: tuple[int, int] = (0, 1),
+) -> tuple[Sequence[Row], Sequence[Row]]:
+    """Rows of a folder to train on and to answer; each is read when it is asked for, and what is wrong with it told then.
 
     Args:
         data_dir (path): folder with `rows*.jsonl`, whose rows then have a field `split`, or with `SPLIT.jsonl` or
-            `NAME_SPLIT.jsonl` for each split.
+            `NAME_SPLIT.jsonl` for each split; or the same with .parquet, where a split may also be
+            `SPLIT-00000-of-00002.parquet` and so on.
         train (str, optional): name of the split to train on; None for no rows.
         evaluation (str | Sequence[str]): name of the split to answer, or several, of which the first that exists is taken.
+        ranks (tuple): this rank and how many there are that call this together: each looks for the splits of a share.
 
     Raises:
-        InputError: if files or rows of a split are missing, or a row cannot be read; with the command that converts the folder
+        InputError: if files or rows of a split are missing, or a row has no split; with the command that converts the folder
             where it holds a known chat format.
     """
     folder = Path(data_dir)
@@ -216,12 +65,10 @@ def read_splits(
         raise InputError(f"--data_dir {printable(str(folder))}: expected a folder, found no such folder")
     wanted = [evaluation] if isinstance(evaluation, str) else list(evaluation)
     asked = [wanted] if train is None else [[train], wanted]
-    paths = sorted(folder.glob("rows*.jsonl"))
-    found: dict[str, list[Row]] = {}
+    paths = sorted(path for kind in KINDS for path in folder.glob(f"rows*{kind}"))
+    found: dict[str, Sequence[Row]] = {}
     if paths:
-        splits: dict[str, list[Row]] = {}
-        for row in (row for path in paths for row in read_jsonl(path)):
-            splits.setdefault(check_split(row), []).append(row)
+        splits = _split_rows(_open_files(paths), *ranks)
         found = {name: splits[name] for names in asked for name in names if name in splits}
         files = ", ".join(path.name for path in paths)
         for names in asked:
@@ -231,14 +78,41 @@ def read_splits(
                 raise InputError(f"{printable(str(folder / files))}: {expected}, found none (only {there})")
     else:
         for names in asked:
-            candidates = ((name, path) for name in names for path in _split_files(folder, name))
-            name, path = next(candidates, (names[0], None))
-            if path is None:
+            candidates = ((name, paths) for name in names if (paths := _split_files(folder, name)))
+            name, paths = next(candidates, (names[0], []))
+            if not paths:
                 others = f" (nor {', '.join(names[1:])})" if names[1:] else ""
                 missing = f"expected rows.jsonl with a field split, or {names[0]}.jsonl, found neither{others}"
                 raise InputError(f"--data_dir {printable(str(folder))}: {missing}{_advice(folder)}")
-            found[name] = read_jsonl(path)
+            found[name] = _open_files(paths)
     return found[train] if train else [], next(found[name] for name in wanted if name in found)
+
+
+def _open_files(paths: Iterable[Path]) -> Rows:
+    return Rows([KINDS[path.suffix](path) for path in paths])
+
+
+def _split_rows(rows: Rows, rank: int, ranks: int) -> dict[str, Rows]:
+    """The rows of each split, by the field `split`, in the order in which the splits occur."""
+    share = range(len(rows) * rank // ranks, len(rows) * (rank + 1) // ranks)
+    names: dict[str, int] = {}
+    fault, codes = None, np.zeros(len(share), np.int16)
+    for place, number in enumerate(share):
+        try:
+            codes[place] = names.setdefault(check_split(rows.values(number)), len(names))
+        except InputError as error:
+            fault = str(error)
+            break
+    found = [(names, codes, fault)]
+    shares = gather_object(found) if ranks > 1 else found
+    for _, _, fault in shares:
+        if fault:
+            raise InputError(fault)
+    ordered = list(dict.fromkeys(name for names, _, _ in shares for name in names))
+    # From each rank's numbers of the names to those of all.
+    mapped = [np.array([ordered.index(name) for name in names] or [0])[codes] for names, codes, _ in shares]
+    of_row = np.concatenate(mapped)
+    return {name: rows.select(np.flatnonzero(of_row == code)) for code, name in enumerate(ordered)}
 
 
 def check_split(row: Row) -> str:
@@ -267,10 +141,11 @@ def _advice(folder: Path) -> str:
 
 
 def _split_files(folder: Path, split: str) -> list[Path]:
-    if (folder / f"{split}.jsonl").exists():
-        return [folder / f"{split}.jsonl"]
-    paths = sorted(folder.glob(f"*_{split}.jsonl"))
-    if len(paths) > 1:
+    paths = [path for kind in KINDS if (path := folder / f"{split}{kind}").exists()]
+    paths = paths or sorted(path for kind in KINDS for path in folder.glob(f"*_{split}{kind}"))
+    # As the hub names the parts of a split.
+    paths = paths or sorted(folder.glob(f"{split}-*-of-*.parquet"))
+    if len(paths) > 1 and "-of-" not in paths[0].name:
         names = printable(", ".join(path.name for path in paths))
         raise InputError(f"{printable(str(folder))}: expected one file for the split {split}, found {names}")
     return paths

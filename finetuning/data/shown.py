@@ -17,6 +17,8 @@ def printable(text: str, limit: int = 200) -> str:
 
 def escape(text: str) -> str:
     """A text whole, with the characters escaped that a terminal would act on, line breaks too."""
+    if text.isprintable():
+        return text
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
     )

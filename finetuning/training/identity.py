@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from datetime import datetime
 from pathlib import Path
@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..arguments import RecipeArguments
-from ..data.fingerprint import Fingerprint
+from ..data.fingerprint import Fingerprint, Fingerprints
 
 RUN = "run.json"
 ROWS = "run_rows.parquet"
@@ -32,7 +32,7 @@ WITHOUT_EFFECT = {
     *("prediction_loss_only", "per_device_eval_batch_size", "bf16_full_eval", "fp16_full_eval", "do_train", "do_eval"),
     *("do_predict", "label_names"),
     # which rows there are: their conversations are compared
-    *("data_dir", "full_train", "on_bad_row", "max_bad_rows", "max_image_pixels", "max_length"),
+    *("data_dir", "full_train", "check", "on_bad_row", "max_bad_rows", "max_image_pixels", "max_length"),
     # how the same steps are computed, spread and fed; the number of processes is compared by itself
     *("per_device_train_batch_size", "gradient_accumulation_steps", "activation_checkpointing", "recompute"),
     *("activation_checkpointing_kwargs", "gradient_checkpointing", "gradient_checkpointing_kwargs", "local_rank"),
@@ -62,6 +62,8 @@ MODEL_FILES = (
     "tokenizer*.json",
 )
 SAMPLED_BYTES, SAMPLES = 4096, 64
+# What of a fingerprint tells two conversations apart.
+CONTENT = ["id", "prompts", "answers", "pictures"]
 
 
 def settings_of(args: RecipeArguments) -> dict[str, Any]:
@@ -102,22 +104,14 @@ def spread_of(args: RecipeArguments) -> dict[str, Any]:
     return {"processes": args.world_size, "batch_size_per_gpu": args.per_device_train_batch_size, "engine": engine}
 
 
-def write_run(folder: Path, record: dict[str, Any], rows: dict[str, list[Fingerprint]] | None = None) -> None:
+def write_run(folder: Path, record: dict[str, Any], rows: Mapping[str, Sequence[Fingerprint]] | None = None) -> None:
     """Writes what the run is known by: run.json and, with `rows` (split -> fingerprints), run_rows.parquet."""
     if rows is not None:
-        listed = [(split, known) for split, fingerprints in rows.items() for known in fingerprints]
-        table = pa.table(
-            {
-                "split": pa.array([split for split, _ in listed], pa.string()),
-                **{
-                    name: pa.array([getattr(known, name) for _, known in listed], kind)
-                    for name, kind in (
-                        *(("id", pa.string()), ("prompts", pa.binary()), ("answers", pa.binary())),
-                        *(("pictures", pa.binary()), ("text", pa.string())),
-                    )
-                },
-            }
-        )
+        tables = [
+            Fingerprints.of(known).table.add_column(0, "split", pa.array([split] * len(known), pa.string()))
+            for split, known in rows.items()
+        ]
+        table = pa.concat_tables(tables)
         pq.write_table(table, folder / f"{ROWS}.part", compression="zstd")
         (folder / f"{ROWS}.part").replace(folder / ROWS)
     aside = folder / f"{RUN}.part"
@@ -134,22 +128,20 @@ def read_run(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def read_rows(folder: Path, split: str) -> list[Fingerprint] | None:
+def read_rows(folder: Path, split: str) -> Fingerprints | None:
     """Fingerprints of the rows that the run in a folder began with; None if they are not there."""
     try:
-        table = pq.read_table(folder / ROWS, filters=[("split", "==", split)]).drop_columns("split")
-    except (OSError, ValueError, pa.ArrowException):
+        table = pq.read_table(folder / ROWS, filters=[("split", "==", split)])
+        return Fingerprints(table.select(Fingerprints.SCHEMA.names).cast(Fingerprints.SCHEMA))
+    except (OSError, ValueError, LookupError, pa.ArrowException):
         return None
-    return [Fingerprint(**row) for row in table.to_pylist()]
 
 
 def digest_rows(rows: Iterable[Fingerprint]) -> str:
     """Digest of what is trained: texts, answers and pictures, in order."""
     found = hashlib.sha256()
-    for known in rows:
-        found.update(
-            b"\0".join((known.id.encode(errors="surrogatepass"), known.prompts, known.answers, known.pictures))
-        )
+    for name, *parts in Fingerprints.of(rows).values(*CONTENT):
+        found.update(b"\0".join((name.encode(), *parts)))
     return f"{found.hexdigest():.16}"
 
 
@@ -162,11 +154,12 @@ def describe_settings(now: dict[str, Any], then: dict[str, Any]) -> list[str]:
     ]
 
 
-def describe_rows(now: list[Fingerprint], then: list[Fingerprint] | None, purpose: str) -> str | None:
+def describe_rows(now: Sequence[Fingerprint], then: Sequence[Fingerprint] | None, purpose: str) -> str | None:
     """What differs between the conversations of two runs, in words, with the first one that does; None if nothing does."""
     if then is None:
         return f"other rows {purpose}"
-    if [_content(known) for known in now] == [_content(known) for known in then]:
+    now, then = Fingerprints.of(now), Fingerprints.of(then)
+    if now.table.select(CONTENT).equals(then.table.select(CONTENT)):
         return None
     earlier, found = {known.id: known for known in then}, {known.id: known for known in now}
     changed = [known for known in now if known.id in earlier and _content(known) != _content(earlier[known.id])]
@@ -191,7 +184,7 @@ def describe_rows(now: list[Fingerprint], then: list[Fingerprint] | None, purpos
 
 
 def _content(known: Fingerprint) -> tuple:
-    return known.id, known.prompts, known.answers, known.pictures
+    return tuple(getattr(known, name) for name in CONTENT)
 
 
 def _difference(before: str, after: str) -> str:

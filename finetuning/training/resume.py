@@ -17,6 +17,7 @@ from accelerate.utils import broadcast_object_list
 
 from ..arguments import RecipeArguments
 from ..data.dataset import ConversationDataset
+from ..data.fingerprint import Fingerprints
 from ..errors import InputError
 from .checkpoint import (
     FINAL_FILES,
@@ -205,7 +206,7 @@ def _mark_folder(
     record = found.record
     if found.earlier and chosen:
         record = {**found.earlier, **record, "started": found.earlier["started"]}
-    trained_on = train.fingerprints if args.do_train else read_rows(output, "train") or []
+    trained_on = train.fingerprints if args.do_train else read_rows(output, "train") or Fingerprints.of([])
     known = {"train": trained_on, "eval": evaluation.fingerprints}
     same_rows = found.earlier is not None and found.earlier["rows"] == record["rows"] and (output / ROWS).exists()
     if not same_rows or found.earlier != record:
