@@ -12,18 +12,7 @@ from ..arguments import RecipeArguments
 from ..data.dataset import ConversationDataset
 from ..errors import InputError
 from .identity import read_run, write_run
-
-PARTS = ("vision tower", "projector", "language model", "adapters")
-
-
-def model_part(name: str) -> str:
-    """The part of the model, one of `PARTS`, that a parameter belongs to."""
-    if "lora_" in name:
-        return "adapters"
-    if ".img_processor." in name:
-        return "vision tower"
-    return "projector" if ".vision_embed_tokens." in name else "language model"
-
+from .parts import PARTS, model_part
 
 def print_summary(model, args: RecipeArguments, dataset: ConversationDataset) -> None:
     """Prints, on the first rank, what will be trained and how; keeps it for the report; checks the disk.

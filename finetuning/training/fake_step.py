@@ -1,0 +1,310 @@
+"""How much memory a micro-batch takes beside the weights, from a step of the model itself on fake tensors: no data, no GPU.
+
+A fake tensor has a shape, a dtype and a lifetime, and nothing in it (torch's FakeTensorMode). What every kernel makes is
+followed until the last reference to it is gone, forward and backward, so that whatever a layer keeps, computes again or needs
+in passing is counted as it is. The step runs four layers of each kind; what a middle one takes stands for all those between
+the first and the last. Gradients of weights count until they are finished: where they stay is for memory.py to say.
+"""
+
+import copy
+import weakref
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from phi3v import Phi3VConfig, Phi3VForCausalLM
+from phi3v.modeling_phi3_v import SDPA_PACKED
+
+from ..arguments import RecipeArguments
+from .loading import set_trainable
+from .lora import nf4
+from .parts import keep_text_activations, model_part
+
+# Of each kind, in a fake step; the last one of CLIP is never run.
+TEXT_LAYERS, VISION_LAYERS = 4, 5
+# Kernels whose time goes by their FLOPs, not by the bytes that they read and write.
+PRODUCTS = ("::mm", "::addmm", "::bmm", "::baddbmm", "::convolution", "::_scaled_dot_product")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch: `rows` samples of `tokens` and `labels` each, with one image of `crops` (0: text alone).
+
+    `masked`: the rows are of several lengths and so attend by a mask. `packed`: padding-free, all in one row.
+    """
+
+    rows: int
+    tokens: int
+    crops: int
+    labels: int = 12
+    masked: bool = False
+    packed: bool = False
+
+
+@dataclass
+class StepBytes:
+    """Bytes of a micro-batch: the most at once beside weights and finished gradients (`peak`), and those that its kernels read
+    and write, products of matrices and attention left out (`traffic`)."""
+
+    peak: float
+    traffic: float
+
+
+@dataclass
+class _Segment:
+    """What happens up to a mark: bytes more at its end than at its start, the most above its start, bytes read and written."""
+
+    mark: tuple[str, str]
+    change: float
+    peak: float
+    traffic: float
+
+
+class _Live(TorchDispatchMode):
+    """Follows the memory that operations make, beside the weights of `model`; `mark` cuts its course into segments."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.segments: list[_Segment] = []
+        self._live = self._peak = self._start = self._traffic = 0
+        weights = (*model.parameters(), *model.buffers())
+        self._seen = {tensor.untyped_storage()._cdata for tensor in weights}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        made = [value for value in tree_leaves(found) if isinstance(value, torch.Tensor)]
+        for tensor in made:
+            self._note(tensor.untyped_storage())
+        if not func.is_view and not any(name in func.name() for name in PRODUCTS):
+            read = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
+            self._traffic += sum(tensor.nbytes for tensor in (*made, *read))
+        return found
+
+    def _note(self, storage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._seen:
+            self._seen.add(key)
+            self._live += size
+            self._peak = max(self._peak, self._live)
+            weakref.finalize(storage, self._free, key, size)
+
+    def _free(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self._live -= size
+
+    def mark(self, *name: str) -> None:
+        """Ends a segment: a pass and the kind of layer, or others."""
+        change, peak = self._live - self._start, self._peak - self._start
+        self.segments.append(_Segment((name[0], name[-1]), change, peak, self._traffic))
+        self._start = self._peak = self._live
+        self._traffic = 0
+
+
+class _LayerNormInFloat32(TorchFunctionMode):
+    """On a GPU autocast computes layer norms in float32; on a CPU, where fake tensors are, it leaves them."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.layer_norm and torch.is_autocast_enabled("cpu"):
+            args = [value.float() if isinstance(value, torch.Tensor) else value for value in args]
+        return func(*args, **(kwargs or {}))
+
+
+class _Known(list):
+    """Numbers in the place of a tensor of them, which a fake one could not say."""
+
+    def diff(self):
+        return self
+
+    def tolist(self):
+        return list(self)
+
+
+class _DequantisedProduct(torch.autograd.Function):
+    """A product with a 4-bit weight, which is made whole in passing, forward and backward."""
+
+    @staticmethod
+    def forward(ctx, states, shape):
+        ctx.shape = shape
+        return nn.functional.linear(states, states.new_empty(shape))
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient @ gradient.new_empty(ctx.shape), None
+
+
+def _quantised_forward(module, states):
+    product = _DequantisedProduct.apply(states.to(module.compute_dtype), (module.out_features, module.in_features))
+    return product.to(states.dtype)
+
+
+def step_bytes(
+    config: Phi3VConfig, args: RecipeArguments, batch: Batch, text_layers: int = TEXT_LAYERS, vision_layers: int = VISION_LAYERS
+) -> StepBytes:
+    """Bytes of the forward and backward pass of one micro-batch.
+
+    Args:
+        config (Phi3VConfig): sizes of the model.
+        args (RecipeArguments): what is trained and how: strategy, LoRA, dtype, DeepSpeed or not, recompute.
+        batch (Batch): what it is trained on.
+        text_layers, vision_layers (int): layers that are run; the config's own number of them takes seconds.
+    """
+    return whole(config, segments(config, args, batch, text_layers, vision_layers))
+
+
+def segments(
+    config: Phi3VConfig, args: RecipeArguments, batch: Batch, text_layers: int = TEXT_LAYERS, vision_layers: int = VISION_LAYERS
+) -> list[_Segment]:
+    """The course of a fake step of so many layers; see `step_bytes`."""
+    # Autocast, which accelerate leaves to DeepSpeed, keeps copies of the weights that it casts.
+    autocast = args.deepspeed_config is None and args.compute_dtype != torch.float32
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        model = build(config, args, batch, min(text_layers, config.num_hidden_layers), vision_layers)
+        stack.enter_context(FakeTensorMode())
+        _replace_by_fakes(model)
+        live = _Live(model)
+        _mark_layers(model, live)
+        stack.enter_context(live)
+        stack.enter_context(_LayerNormInFloat32())
+        inputs = _inputs(batch, config)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = model(**inputs).loss
+        live.mark("forward", "loss")
+        loss.backward()
+        del loss
+        live.mark("backward", "rest")
+    return live.segments
+
+
+def build(config: Phi3VConfig, args: RecipeArguments, batch: Batch, text_layers: int, vision_layers: int):
+    """The model as a run trains it, on the meta device."""
+    config = copy.deepcopy(config)
+    config.num_hidden_layers = text_layers
+    config.vision_config.num_hidden_layers = min(vision_layers, config.vision_config.num_hidden_layers)  # type: ignore[union-attr]
+    dtype = torch.float32 if args.compute_dtype == torch.float32 else torch.bfloat16
+    with torch.device("meta"):
+        # PyTorch's attention takes as much memory as any other that makes no matrix of tokens x tokens.
+        attention = SDPA_PACKED if batch.packed else "eager" if args.attention == "eager" else "sdpa"
+        model: Any = Phi3VForCausalLM._from_config(config, dtype=dtype, attn_implementation=attention)
+        if args.use_qlora:
+            _quantise(model, dtype)
+        model = set_trainable(model, args)
+    model.train()
+    if args.recompute != "none":
+        model.activation_checkpointing_enable()
+    if args.recompute == "vision":
+        keep_text_activations(model)
+    return model
+
+
+def _quantise(model, dtype: torch.dtype) -> None:
+    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+
+    settings = nf4(dtype)
+    replace_with_bnb_linear(model, settings.llm_int8_skip_modules, settings)
+    model.is_loaded_in_4bit = True
+    for module in model.modules():
+        if hasattr(module, "compute_dtype") and hasattr(module, "quant_state"):
+            module.forward = partial(_quantised_forward, module)
+
+
+def _replace_by_fakes(model) -> None:
+    """Gives every parameter and buffer a fake tensor on the CPU; those that are shared stay so."""
+    fakes: dict[int, Any] = {}
+    for module in model.modules():
+        for states in (module._parameters, module._buffers):
+            for name, value in states.items():
+                if value is None:
+                    continue
+                if id(value) not in fakes:
+                    fake = torch.empty(value.shape, dtype=value.dtype)
+                    if isinstance(value, nn.Parameter):
+                        fake = nn.Parameter(fake, requires_grad=value.requires_grad)
+                    if fake.requires_grad:
+                        fake.register_post_accumulate_grad_hook(_drop_gradient)
+                    fakes[id(value)] = value, fake
+                states[name] = fakes[id(value)][1]
+
+
+def _drop_gradient(parameter) -> None:
+    parameter.grad = None
+
+
+def _mark_layers(model, live: _Live) -> None:
+    """Marks where each layer's forward pass ends, and where its backward pass begins."""
+    begun = []
+
+    def after(kind, module, args, output):
+        if begun:  # a layer that is computed again
+            return
+        live.mark("forward", kind)
+        if output.requires_grad:
+            output.register_hook(lambda _: (begun.append(kind), live.mark("backward", kind))[0] and None)
+
+    for name, module in model.named_modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.register_forward_hook(partial(after, model_part(name)))
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    # What they look into, fake tensors cannot say.
+    base.model.vision_embed_tokens.images_per_row = lambda *_: None
+    base._loss = partial(_loss, base)
+
+
+def _loss(model, hidden_states, labels, num_items_in_batch, smoothing=0.0):
+    """`Phi3VForCausalLM._loss`, the labels in known places: a fake tensor could not say where they are."""
+    rows, count = labels
+    picked = torch.arange(rows * count)
+    logits = model.lm_head(hidden_states[:, :-1].flatten(0, 1)[picked]).float()
+    return nn.functional.cross_entropy(logits, torch.zeros(rows * count, dtype=torch.long), reduction="sum")
+
+
+def _inputs(batch: Batch, config: Phi3VConfig) -> dict[str, Any]:
+    rows, length = (1, batch.rows * batch.tokens) if batch.packed else (batch.rows, batch.tokens)
+    inputs: dict[str, Any] = {
+        "input_ids": torch.zeros(rows, length, dtype=torch.long),
+        "labels": (batch.rows, batch.labels),
+    }
+    if batch.packed:
+        inputs["cu_seq_lens_q"] = _Known([batch.tokens] * batch.rows)
+        inputs["position_ids"] = torch.zeros(1, length, dtype=torch.long)
+    elif batch.masked:
+        inputs["attention_mask"] = torch.ones(rows, 1, length, length, dtype=torch.bool)
+        inputs["position_ids"] = torch.zeros(rows, length, dtype=torch.long)
+    if batch.crops:
+        size = config.vision_config.image_size  # type: ignore[union-attr]
+        crops = max(2, batch.crops)
+        inputs["pixel_values"] = torch.empty(batch.rows * crops, 3, size, size)
+        inputs["image_sizes"] = _Known([[(crops - 1) * size, size]] * batch.rows)
+    return inputs
+
+
+def whole(config: Phi3VConfig, found: Iterable[_Segment]) -> StepBytes:
+    """Puts the segments of all layers together; those of a middle layer stand for as many as the config has."""
+    repeat = {
+        "language model": config.num_hidden_layers,
+        "vision tower": config.vision_config.num_hidden_layers - 1,  # type: ignore[union-attr]
+    }
+    found = list(found)
+    numbers: dict[tuple[str, str], list[int]] = {}
+    for number, segment in enumerate(found):
+        numbers.setdefault(segment.mark, []).append(number)
+    live = peak = traffic = 0.0
+    for number, segment in enumerate(found):
+        same, times = numbers[segment.mark], 1
+        if segment.mark[1] in repeat and len(same) > 2 and number == same[len(same) // 2]:
+            times += repeat[segment.mark[1]] - len(same)
+        for _ in range(times):
+            peak = max(peak, live + segment.peak)
+            live += segment.change
+        traffic += times * segment.traffic
+    return StepBytes(peak, traffic)
