@@ -9,7 +9,6 @@ the first and the last. Gradients of weights count until they are finished: wher
 import copy
 import weakref
 from collections.abc import Iterable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,6 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from phi3v import Phi3VConfig, Phi3VForCausalLM
@@ -32,6 +33,10 @@ from .parts import keep_text_activations, model_part
 
 # Of each kind, in a fake step; the last one of CLIP is never run.
 TEXT_LAYERS, VISION_LAYERS = 4, 5
+# Attention by the causal kernel, which needs no mask; transformers would make one wherever it looks into fake tensors in vain.
+WITHOUT_MASK = "sdpa_without_mask"
+AttentionInterface.register(WITHOUT_MASK, sdpa_attention_forward)
+AttentionMaskInterface.register(WITHOUT_MASK, lambda *_, **__: None)
 # Kernels whose time goes by their FLOPs, not by the bytes that they read and write.
 PRODUCTS = ("::mm", "::addmm", "::bmm", "::baddbmm", "::convolution", "::_scaled_dot_product")
 
@@ -46,7 +51,7 @@ class Batch:
     rows: int
     tokens: int
     crops: int
-    labels: int = 12
+    labels: int
     masked: bool = False
     packed: bool = False
 
@@ -73,9 +78,10 @@ class _Segment:
 class _Live(TorchDispatchMode):
     """Follows the memory that operations make, beside the weights of `model`; `mark` cuts its course into segments."""
 
-    def __init__(self, model):
-        super().__init__()
+    def begin(self, model) -> None:
+        """Begins anew; what is a weight of `model` does not count."""
         self.segments: list[_Segment] = []
+        self.backward = False
         self._live = self._peak = self._start = self._traffic = 0
         weights = (*model.parameters(), *model.buffers())
         self._seen = {tensor.untyped_storage()._cdata for tensor in weights}
@@ -147,64 +153,77 @@ def _quantised_forward(module, states):
     return product.to(states.dtype)
 
 
-def step_bytes(
-    config: Phi3VConfig, args: RecipeArguments, batch: Batch, text_layers: int = TEXT_LAYERS, vision_layers: int = VISION_LAYERS
-) -> StepBytes:
-    """Bytes of the forward and backward pass of one micro-batch.
+class FakeModel:
+    """The model as a run trains it, of few layers and fake tensors; `step` runs a micro-batch on it.
 
     Args:
         config (Phi3VConfig): sizes of the model.
-        args (RecipeArguments): what is trained and how: strategy, LoRA, dtype, DeepSpeed or not, recompute.
-        batch (Batch): what it is trained on.
-        text_layers, vision_layers (int): layers that are run; the config's own number of them takes seconds.
+        args (RecipeArguments): what is trained: strategy, LoRA, dtype, DeepSpeed or not.
+        text_layers, vision_layers (int): layers that are run; more than the config's count as those.
     """
-    return whole(config, segments(config, args, batch, text_layers, vision_layers))
 
+    def __init__(
+        self,
+        config: Phi3VConfig,
+        args: RecipeArguments,
+        text_layers: int = TEXT_LAYERS,
+        vision_layers: int = VISION_LAYERS,
+    ):
+        self.config = config
+        # Autocast, which accelerate leaves to DeepSpeed, keeps copies of the weights that it casts.
+        self._autocast = args.deepspeed_config is None and args.compute_dtype != torch.float32
+        self._eager = args.attention == "eager"
+        few: Any = copy.deepcopy(config)
+        few.num_hidden_layers = min(text_layers, few.num_hidden_layers)
+        few.vision_config.num_hidden_layers = min(vision_layers, few.vision_config.num_hidden_layers)
+        # float16 takes as much as bfloat16, and a CPU computes less with it.
+        dtype = torch.float32 if args.compute_dtype == torch.float32 else torch.bfloat16
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            self.model: Any = Phi3VForCausalLM._from_config(few, dtype=dtype)
+            if args.use_qlora:
+                _quantise(self.model, dtype)
+            self.model = set_trainable(self.model, args)
+            if args.deepspeed_config is not None:
+                # As DeepSpeed does it, with adapters too.
+                self.model.to(dtype)
+        self.model.train()
+        self.parameters = list(self._all_parameters(few))
+        self._mode, self._live = FakeTensorMode(), _Live()
+        with self._mode:
+            _replace_by_fakes(self.model)
+            _mark_layers(self.model, self._live)
 
-def segments(
-    config: Phi3VConfig, args: RecipeArguments, batch: Batch, text_layers: int = TEXT_LAYERS, vision_layers: int = VISION_LAYERS
-) -> list[_Segment]:
-    """The course of a fake step of so many layers; see `step_bytes`."""
-    # Autocast, which accelerate leaves to DeepSpeed, keeps copies of the weights that it casts.
-    autocast = args.deepspeed_config is None and args.compute_dtype != torch.float32
-    with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=[]))
-        model = build(config, args, batch, min(text_layers, config.num_hidden_layers), vision_layers)
-        stack.enter_context(FakeTensorMode())
-        _replace_by_fakes(model)
-        live = _Live(model)
-        _mark_layers(model, live)
-        stack.enter_context(live)
-        stack.enter_context(_LayerNormInFloat32())
-        inputs = _inputs(batch, config)
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            loss = model(**inputs).loss
-        live.mark("forward", "loss")
-        loss.backward()
-        del loss
-        live.mark("backward", "rest")
-    return live.segments
+    def _all_parameters(self, few) -> Iterable[tuple[nn.Parameter, int]]:
+        """Each parameter with how often it stands in a model of all layers."""
+        missing = {
+            "language model": self.config.num_hidden_layers - few.num_hidden_layers,
+            "vision tower": self.config.vision_config.num_hidden_layers - few.vision_config.num_hidden_layers,  # type: ignore[union-attr]
+        }
+        for name, parameter in self.model.named_parameters():
+            part = model_part(name.replace("lora_", ""))
+            yield parameter, 1 + (missing[part] if ".layers.1." in name else 0)
 
-
-def build(config: Phi3VConfig, args: RecipeArguments, batch: Batch, text_layers: int, vision_layers: int):
-    """The model as a run trains it, on the meta device."""
-    config = copy.deepcopy(config)
-    config.num_hidden_layers = text_layers
-    config.vision_config.num_hidden_layers = min(vision_layers, config.vision_config.num_hidden_layers)  # type: ignore[union-attr]
-    dtype = torch.float32 if args.compute_dtype == torch.float32 else torch.bfloat16
-    with torch.device("meta"):
-        # PyTorch's attention takes as much memory as any other that makes no matrix of tokens x tokens.
-        attention = SDPA_PACKED if batch.packed else "eager" if args.attention == "eager" else "sdpa"
-        model: Any = Phi3VForCausalLM._from_config(config, dtype=dtype, attn_implementation=attention)
-        if args.use_qlora:
-            _quantise(model, dtype)
-        model = set_trainable(model, args)
-    model.train()
-    if args.recompute != "none":
-        model.activation_checkpointing_enable()
-    if args.recompute == "vision":
-        keep_text_activations(model)
-    return model
+    def step(self, batch: Batch, recompute: str) -> list[_Segment]:
+        """The course of the forward and backward pass of one micro-batch, with --recompute full, vision or none."""
+        base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        base.activation_checkpointing_disable()
+        if recompute != "none":
+            base.activation_checkpointing_enable()
+        if recompute == "vision":
+            keep_text_activations(base)
+        attention = SDPA_PACKED if batch.packed else "sdpa" if batch.masked else WITHOUT_MASK
+        base.set_attn_implementation("eager" if self._eager else attention)
+        live = self._live
+        live.begin(self.model)
+        with self._mode, live, _LayerNormInFloat32():
+            inputs = _inputs(batch, self.config)
+            with torch.autocast("cpu", torch.bfloat16, enabled=self._autocast):
+                loss = self.model(**inputs).loss
+            live.mark("forward", "loss")
+            loss.backward()
+            del loss, inputs
+            live.mark("backward", "rest")
+        return live.segments
 
 
 def _quantise(model, dtype: torch.dtype) -> None:
@@ -242,14 +261,17 @@ def _drop_gradient(parameter) -> None:
 
 def _mark_layers(model, live: _Live) -> None:
     """Marks where each layer's forward pass ends, and where its backward pass begins."""
-    begun = []
+
+    def begin_backward(kind, _):
+        live.backward = True
+        live.mark("backward", kind)
 
     def after(kind, module, args, output):
-        if begun:  # a layer that is computed again
+        if live.backward:  # a layer that is computed again
             return
         live.mark("forward", kind)
         if output.requires_grad:
-            output.register_hook(lambda _: (begun.append(kind), live.mark("backward", kind))[0] and None)
+            output.register_hook(partial(begin_backward, kind))
 
     for name, module in model.named_modules():
         if isinstance(module, GradientCheckpointingLayer):
@@ -286,6 +308,18 @@ def _inputs(batch: Batch, config: Phi3VConfig) -> dict[str, Any]:
         inputs["pixel_values"] = torch.empty(batch.rows * crops, 3, size, size)
         inputs["image_sizes"] = _Known([[(crops - 1) * size, size]] * batch.rows)
     return inputs
+
+
+def for_rows(first: list[_Segment], second: list[_Segment], more: float) -> list[_Segment]:
+    """The course of a micro-batch with `more` rows than `second` has over `first`, 0 for `first`: all is linear in rows."""
+    return [
+        _Segment(one.mark, *(x + more * (y - x) for x, y in zip(_figures(one), _figures(two), strict=True)))
+        for one, two in zip(first, second, strict=True)
+    ]
+
+
+def _figures(segment: _Segment) -> tuple[float, float, float]:
+    return segment.change, segment.peak, segment.traffic
 
 
 def whole(config: Phi3VConfig, found: Iterable[_Segment]) -> StepBytes:
