@@ -37,8 +37,8 @@ TEXT_LAYERS, VISION_LAYERS = 4, 5
 WITHOUT_MASK = "sdpa_without_mask"
 AttentionInterface.register(WITHOUT_MASK, sdpa_attention_forward)
 AttentionMaskInterface.register(WITHOUT_MASK, lambda *_, **__: None)
-# Kernels whose time goes by their FLOPs, not by the bytes that they read and write.
-PRODUCTS = ("::mm", "::addmm", "::bmm", "::baddbmm", "::convolution", "::_scaled_dot_product")
+# Kernels whose time goes by their FLOPs, not by the bytes that they read and write; and a view that is not called one.
+FREE = ("::mm", "::addmm", "::bmm", "::baddbmm", "::convolution", "::_scaled_dot_product", "::_unsafe_view")
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class StepBytes:
 
 
 @dataclass
-class _Segment:
+class Segment:
     """What happens up to a mark: bytes more at its end than at its start, the most above its start, bytes read and written."""
 
     mark: tuple[str, str]
@@ -80,7 +80,7 @@ class _Live(TorchDispatchMode):
 
     def begin(self, model) -> None:
         """Begins anew; what is a weight of `model` does not count."""
-        self.segments: list[_Segment] = []
+        self.segments: list[Segment] = []
         self.backward = False
         self._live = self._peak = self._start = self._traffic = 0
         weights = (*model.parameters(), *model.buffers())
@@ -91,7 +91,7 @@ class _Live(TorchDispatchMode):
         made = [value for value in tree_leaves(found) if isinstance(value, torch.Tensor)]
         for tensor in made:
             self._note(tensor.untyped_storage())
-        if not func.is_view and not any(name in func.name() for name in PRODUCTS):
+        if made and not func.is_view and not any(name in func.name() for name in FREE):
             read = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
             self._traffic += sum(tensor.nbytes for tensor in (*made, *read))
         return found
@@ -111,7 +111,7 @@ class _Live(TorchDispatchMode):
     def mark(self, *name: str) -> None:
         """Ends a segment: a pass and the kind of layer, or others."""
         change, peak = self._live - self._start, self._peak - self._start
-        self.segments.append(_Segment((name[0], name[-1]), change, peak, self._traffic))
+        self.segments.append(Segment((name[0], name[-1]), change, peak, self._traffic))
         self._start = self._peak = self._live
         self._traffic = 0
 
@@ -203,7 +203,7 @@ class FakeModel:
             part = model_part(name.replace("lora_", ""))
             yield parameter, 1 + (missing[part] if ".layers.1." in name else 0)
 
-    def step(self, batch: Batch, recompute: str) -> list[_Segment]:
+    def step(self, batch: Batch, recompute: str) -> list[Segment]:
         """The course of the forward and backward pass of one micro-batch, with --recompute full, vision or none."""
         base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         base.activation_checkpointing_disable()
@@ -310,33 +310,27 @@ def _inputs(batch: Batch, config: Phi3VConfig) -> dict[str, Any]:
     return inputs
 
 
-def for_rows(first: list[_Segment], second: list[_Segment], more: float) -> list[_Segment]:
-    """The course of a micro-batch with `more` rows than `second` has over `first`, 0 for `first`: all is linear in rows."""
-    return [
-        _Segment(one.mark, *(x + more * (y - x) for x, y in zip(_figures(one), _figures(two), strict=True)))
-        for one, two in zip(first, second, strict=True)
-    ]
-
-
-def _figures(segment: _Segment) -> tuple[float, float, float]:
-    return segment.change, segment.peak, segment.traffic
-
-
-def whole(config: Phi3VConfig, found: Iterable[_Segment]) -> StepBytes:
-    """Puts the segments of all layers together; those of a middle layer stand for as many as the config has."""
-    repeat = {
+def repeated(config: Phi3VConfig, found: list[Segment]) -> list[tuple[int, int]]:
+    """The segments by number, in their order, each with how often it comes in a step of all layers: a middle one for many."""
+    layers = {
         "language model": config.num_hidden_layers,
         "vision tower": config.vision_config.num_hidden_layers - 1,  # type: ignore[union-attr]
     }
-    found = list(found)
     numbers: dict[tuple[str, str], list[int]] = {}
     for number, segment in enumerate(found):
         numbers.setdefault(segment.mark, []).append(number)
+    times = [1] * len(found)
+    for (_, kind), same in numbers.items():
+        if kind in layers and len(same) > 2:
+            times[same[len(same) // 2]] += layers[kind] - len(same)
+    return list(enumerate(times))
+
+
+def whole(config: Phi3VConfig, found: list[Segment]) -> StepBytes:
+    """Puts the segments of all layers together."""
     live = peak = traffic = 0.0
-    for number, segment in enumerate(found):
-        same, times = numbers[segment.mark], 1
-        if segment.mark[1] in repeat and len(same) > 2 and number == same[len(same) // 2]:
-            times += repeat[segment.mark[1]] - len(same)
+    for number, times in repeated(config, found):
+        segment = found[number]
         for _ in range(times):
             peak = max(peak, live + segment.peak)
             live += segment.change

@@ -11,6 +11,7 @@ import torch
 from ..arguments import RecipeArguments
 from ..data.dataset import ConversationDataset
 from ..errors import InputError
+from .fitting import settle_memory
 from .identity import read_run, write_run
 from .parts import PARTS, model_part
 
@@ -20,7 +21,10 @@ def print_summary(model, args: RecipeArguments, dataset: ConversationDataset) ->
     Raises:
         InputError: if not even one checkpoint fits on the disk.
     """
+    planned = settle_memory(model, args, dataset)
     text = describe(model, args, dataset)
+    if planned:
+        text += f"\npeak memory      {planned}"
     if args.process_index == 0:
         print(text, flush=True)
         output = Path(args.output_dir)
