@@ -119,8 +119,6 @@ def run_arguments(flags: list[str]) -> RecipeArguments:
     recompute, given = found.recompute, found.model_name_or_path
     if not os.path.isdir(given):
         found.model_name_or_path = "official/sizes"
-    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
-        os.environ.setdefault(name, value)
     args = RecipeArguments(**vars(found))
     args.model_name_or_path, args.recompute, args.use_flash_attention = given, recompute, flash
     if engine is None:

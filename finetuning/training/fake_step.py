@@ -75,20 +75,20 @@ class Segment:
     traffic: float
 
 
-class _Live(TorchDispatchMode):
+class Live(TorchDispatchMode):
     """Follows the memory that operations make, beside the weights of `model`; `mark` cuts its course into segments."""
 
     def begin(self, model) -> None:
         """Begins anew; what is a weight of `model` does not count."""
         self.segments: list[Segment] = []
         self.backward = False
-        self._live = self._peak = self._start = self._traffic = 0
+        self.live = self.peak = self._start = self._traffic = 0
         weights = (*model.parameters(), *model.buffers())
         self._seen = {tensor.untyped_storage()._cdata for tensor in weights}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         found = func(*args, **(kwargs or {}))
-        made = [value for value in tree_leaves(found) if isinstance(value, torch.Tensor)]
+        made = [value for value in tree_leaves(found) if isinstance(value, torch.Tensor) and not value.is_meta]
         for tensor in made:
             self._note(tensor.untyped_storage())
         if made and not func.is_view and not any(name in func.name() for name in FREE):
@@ -100,19 +100,19 @@ class _Live(TorchDispatchMode):
         key, size = storage._cdata, storage.nbytes()
         if key not in self._seen:
             self._seen.add(key)
-            self._live += size
-            self._peak = max(self._peak, self._live)
+            self.live += size
+            self.peak = max(self.peak, self.live)
             weakref.finalize(storage, self._free, key, size)
 
     def _free(self, key: int, size: int) -> None:
         self._seen.discard(key)
-        self._live -= size
+        self.live -= size
 
     def mark(self, *name: str) -> None:
         """Ends a segment: a pass and the kind of layer, or others."""
-        change, peak = self._live - self._start, self._peak - self._start
+        change, peak = self.live - self._start, self.peak - self._start
         self.segments.append(Segment((name[0], name[-1]), change, peak, self._traffic))
-        self._start = self._peak = self._live
+        self._start = self.peak = self.live
         self._traffic = 0
 
 
@@ -188,10 +188,10 @@ class FakeModel:
                 self.model.to(dtype)
         self.model.train()
         self.parameters = list(self._all_parameters(few))
-        self._mode, self._live = FakeTensorMode(), _Live()
+        self._mode, self.live = FakeTensorMode(), Live()
         with self._mode:
             _replace_by_fakes(self.model)
-            _mark_layers(self.model, self._live)
+            _mark_layers(self.model, self.live)
 
     def _all_parameters(self, few) -> Iterable[tuple[nn.Parameter, int]]:
         """Each parameter with how often it stands in a model of all layers."""
@@ -213,7 +213,7 @@ class FakeModel:
             keep_text_activations(base)
         attention = SDPA_PACKED if batch.packed else "sdpa" if batch.masked else WITHOUT_MASK
         base.set_attn_implementation("eager" if self._eager else attention)
-        live = self._live
+        live = self.live
         live.begin(self.model)
         with self._mode, live, _LayerNormInFloat32():
             inputs = _inputs(batch, self.config)
@@ -259,7 +259,7 @@ def _drop_gradient(parameter) -> None:
     parameter.grad = None
 
 
-def _mark_layers(model, live: _Live) -> None:
+def _mark_layers(model, live: Live) -> None:
     """Marks where each layer's forward pass ends, and where its backward pass begins."""
 
     def begin_backward(kind, _):
