@@ -13,7 +13,10 @@ optimizer and buffers of the setting; the deviation is the plan's from the full 
 
 import argparse
 import json
+import resource
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from functools import cache
@@ -25,6 +28,7 @@ import numpy as np
 
 from finetuning.arguments import RecipeArguments, parse_args
 from finetuning.errors import run_script
+from finetuning.plan import command, make_plan, parse
 from finetuning.training.fake_step import Batch, FakeModel, Segment, repeated, whole
 from finetuning.training.memory import (
     GIB,
@@ -35,10 +39,11 @@ from finetuning.training.memory import (
     plan_memory,
     sizes_of,
 )
+from finetuning.training.speed import CARDS
 from phi3v import Phi3VConfig
 
 from .models import STRATEGIES
-from .record import RESULTS, provenance, write
+from .record import RESULTS, ROOT, provenance, write
 
 # A Letter page at num_crops 16, a photo at num_crops 4, a clip of eight frames, a small picture with a long answer.
 PAGE, PHOTO, CLIP, SMALL = (2529, 17, 12), (840, 5, 12), (3072, 24, 8), (400, 2, 200)
@@ -57,6 +62,16 @@ COMPARED = [
     Batch(3, 1500, 10, 30, masked=True),
     Batch(5, 700, 4, 12, packed=True),
 ]
+
+
+HARDWARE = {
+    "8x A100-80": ["--gpus", "8", "--gpu", "A100"],
+    "8x V100-32": ["--gpus", "8", "--gpu", "V100"],
+    "4x 48 GB": ["--gpus", "4", "--gpu_memory", "48"],
+    "2x 24 GB": ["--gpus", "2", "--gpu_memory", "24"],
+    "1x 80 GB": ["--gpus", "1", "--gpu_memory", "80"],
+    "1x 24 GB": ["--gpus", "1", "--gpu_memory", "24"],
+}
 
 
 def arguments(*flags: str) -> RecipeArguments:
@@ -126,7 +141,9 @@ def lines(config: Phi3VConfig, steps: list[list[Segment]]) -> dict[str, Any]:
 
 def settings() -> list[tuple[str, str, Batch]]:
     """Strategy, recomputation and micro-batch of 40 settings."""
-    found = [(strategy, recompute, batch) for strategy in STRATEGIES for recompute in RECOMPUTE for batch in COMPARED[:3]]
+    found = [
+        (strategy, recompute, batch) for strategy in STRATEGIES for recompute in RECOMPUTE for batch in COMPARED[:3]
+    ]
     # Padding-free.
     return found + [(strategy, "full", COMPARED[3]) for strategy in STRATEGIES]
 
@@ -138,7 +155,11 @@ def compare(config: Phi3VConfig, result: dict[str, Any], path: Path) -> None:
     def both(strategy: str):
         args = arguments(*STRATEGIES[strategy])
         clip: Any = config.vision_config
-        return args, Activations(config, args), FakeModel(config, args, config.num_hidden_layers, clip.num_hidden_layers)
+        return (
+            args,
+            Activations(config, args),
+            FakeModel(config, args, config.num_hidden_layers, clip.num_hidden_layers),
+        )
 
     for strategy, recompute, batch in settings():
         args, planned, model = both(strategy)
@@ -165,9 +186,41 @@ def compare(config: Phi3VConfig, result: dict[str, Any], path: Path) -> None:
         )
 
 
+def hardware() -> dict[str, Any]:
+    """What the planner recommends for the machines of `HARDWARE`."""
+    found = {}
+    for name, flags in HARDWARE.items():
+        own, args = parse([*flags, "--batch_size", "64"])
+        plan = make_plan(own, args)
+        best = plan.best
+        assert best is not None, "LoRA fits on each of them"
+        bf16 = CARDS[plan.card].bf16
+        found[name] = {
+            "command": command(args, best.setting, plan.planner.gpus, bf16, None),
+            "peak_gib": round(best.memory.peak / GIB, 1),
+            "usable_gib": round(plan.usable / GIB, 1),
+            "parts_gib": {part: round(size / GIB, 1) for part, size in vars(best.memory).items()},
+            "samples_per_second": round(args.batch_size / plan.seconds(best.setting), 1),
+        }
+        print(f"{name:12}{found[name]['peak_gib']:6.1f} GiB  {found[name]['command']}", flush=True)
+    return found
+
+
+def planner_seconds() -> dict[str, float]:
+    """Seconds of one call of the planner, by the clock and of the processor, imports included."""
+    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    subprocess.run(
+        [sys.executable, "-m", "finetuning.plan", *HARDWARE["8x A100-80"]], cwd=ROOT, check=True, capture_output=True
+    )
+    used, wall = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter() - start
+    processor = used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime
+    return {"wall": round(wall, 1), "processor": round(processor, 1)}
+
+
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--fit", action="store_true", help="write what the planner goes by, and end")
+    options.add_argument("--keep_settings", action="store_true", help="keep the 40 settings that the result file has")
     options.add_argument("--result", type=Path, default=RESULTS / "plan.json", help="file to write")
     args = options.parse_args()
     config = official()
@@ -176,8 +229,16 @@ def main() -> None:
         STORED.write_text(json.dumps(found) + "\n", encoding="utf-8")
         print(f"-> {STORED}")
         return
-    result = provenance("torch", "transformers", "peft", "deepspeed") | {"settings": []}
-    compare(config, result, args.result)
+    result = provenance("torch", "transformers", "peft", "deepspeed")
+    result |= {"planner_seconds": planner_seconds(), "hardware": hardware(), "settings": []}
+    if args.keep_settings:
+        kept = json.loads(args.result.read_text(encoding="utf-8"))
+        names = ("settings", "largest deviation", "mean deviation", "settings_of")
+        result |= {name: kept[name] for name in names if name in kept}
+        result.setdefault("settings_of", {name: kept[name] for name in ("date", "commit", "machine")})
+        write(args.result, result)
+    else:
+        compare(config, result, args.result)
     print(f"largest deviation {result['largest deviation']:.2%}, mean {result['mean deviation']:.2%} -> {args.result}")
 
 

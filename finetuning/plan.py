@@ -21,7 +21,7 @@ import math
 import os
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -83,8 +83,17 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, RecipeArguments]:
     parser = CommandParser("plan", __doc__, usage=usage)
     add = parser.add_argument
     add("--gpus", type=int, help="GPUs of all machines together (default: those that are here, else 1)")
-    add("--gpu_memory", type=float, metavar="GB", help="of each GPU, as it is sold (default: of those here, or of --gpu)")
-    add("--gpu", metavar="NAME", help=f"the card, for its speed: {', '.join(CARDS)} (default: the usual one of that memory)")
+    add(
+        "--gpu_memory",
+        type=float,
+        metavar="GB",
+        help="of each GPU, as it is sold (default: of those here, or of --gpu)",
+    )
+    add(
+        "--gpu",
+        metavar="NAME",
+        help=f"the card, for its speed: {', '.join(CARDS)} (default: the usual one of that memory)",
+    )
     add("--task", help="rows of --data_dir in a task's own form, as `python -m finetuning.validate --task` takes them")
     add("--tokens", type=int, help="of a typical sample (2529)")
     add("--crops", type=int, help="of a typical sample's images, global views included (17)")
@@ -172,12 +181,12 @@ def samples_of(own: argparse.Namespace, args: RecipeArguments) -> Samples:
     processor, remarks = load_processor(args.model_name_or_path, args.num_crops)
     print(*(f"remark: {remark}" for remark in remarks), sep="\n", end="\n" * bool(remarks), file=sys.stderr)
     to_conversation = getattr(script, "to_conversation", None)
-    faults, _, splits = check_folder(
-        Path(args.data_dir), processor, "headers", None, False, to_conversation, None
-    )
+    faults, _, splits = check_folder(Path(args.data_dir), processor, "headers", None, False, to_conversation, None)
     faults = [fault for fault in faults if "expected images that train does not hold" not in str(fault)]
     if faults or "train" not in splits:
-        raise InputError(str(faults[0]) if faults else f"--data_dir {args.data_dir}: expected a split train, found none")
+        raise InputError(
+            str(faults[0]) if faults else f"--data_dir {args.data_dir}: expected a split train, found none"
+        )
     found = splits["train"]
     rows = len(found.tokens)
     squares = sum(length**2 for length in found.tokens) / rows
@@ -213,28 +222,25 @@ def plan_rows(planner: Planner, own_setting: Setting, usable: float) -> list[Row
 
 
 def recommend(rows: list[Row], own: Setting, chosen: bool, seconds) -> Row | None:
-    """The fastest of the best strategy that fits without offloading; only of the run's own, if its flags choose one.
+    """The fastest way of the best strategy that fits, with the DeepSpeed config that shares least among the GPUs.
 
     Args:
         rows (list[Row]): all.
         own (Setting): of the run.
-        chosen (bool): whether its flags name a strategy; else full, lora and qlora are tried, in this order.
+        chosen (bool): whether its flags name a strategy, which is then kept to, offloaded if need be; else full, lora and
+            qlora are tried, in this order, nothing offloaded.
         seconds (Callable): Setting -> seconds of a step.
     """
-    strategies = [own.strategy] if chosen else ["full", "lora", "qlora"]
-    for strategy, offloads in product(strategies, (False, True) if chosen else (False,)):
+    found = [row for row in rows if row.fits]
+    for strategy in [own.strategy] if chosen else ["full", "lora", "qlora"]:
         # 16-bit weights without a float32 copy lose small updates: full fine-tuning goes with DeepSpeed.
-        usual = ["none"] if "lora" in strategy else ["zero2", "zero3", "zero2_offload", "zero3_offload"]
-        fitting = [
-            row
-            for row in rows
-            if row.fits
-            and row.setting.strategy == strategy
-            and row.setting.deepspeed in usual
-            and ("offload" in row.setting.deepspeed) == offloads
-        ]
-        if fitting:
-            return min(fitting, key=lambda row: seconds(row.setting))
+        engines = ["none"] if "lora" in strategy else ["zero2", "zero3"]
+        if chosen:
+            engines += ["zero2_offload", "zero3_offload"]
+        for engine in engines:
+            fitting = [row for row in found if (row.setting.strategy, row.setting.deepspeed) == (strategy, engine)]
+            if fitting:
+                return min(fitting, key=lambda row: seconds(row.setting))
     return None
 
 
@@ -243,9 +249,15 @@ def format_table(rows: list[Row], usable: float) -> str:
     sizes = sorted({row.setting.micro_batch for row in rows})
     columns = list(product(RECOMPUTE[::-1], sizes))
     head = "".join(f"  {'recompute ' + name:<{8 * len(sizes) - 2}}" for name in RECOMPUTE[::-1])
-    lines = [f"peak GiB of each GPU; (n): over the {usable / GIB:.1f} that can be allocated", f"{'micro-batch':<21}{head}"]
+    lines = [
+        f"peak GiB of each GPU; (n): over the {usable / GIB:.1f} that can be allocated",
+        f"{'micro-batch':<21}{head}",
+    ]
     lines.append(f"{'':<21}" + "".join(f"{size:>8}" for _, size in columns))
-    by = {(row.setting.strategy, row.setting.deepspeed, row.setting.recompute, row.setting.micro_batch): row for row in rows}
+    by = {
+        (row.setting.strategy, row.setting.deepspeed, row.setting.recompute, row.setting.micro_batch): row
+        for row in rows
+    }
     for strategy, engine in dict.fromkeys((row.setting.strategy, row.setting.deepspeed) for row in rows):
         cells = ""
         for column in columns:
@@ -277,7 +289,9 @@ def describe_memory(memory: Memory) -> str:
 def describe_time(args: RecipeArguments, samples: Samples, seconds: float, gpus: int, dollars: float | None) -> str:
     """Steps, hours and price of the run."""
     rows = samples.rows or 1000
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * math.ceil(rows / args.batch_size))
+    steps = (
+        args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * math.ceil(rows / args.batch_size))
+    )
     hours = steps * seconds / 3600
     text = f"{steps} steps of {args.batch_size} ({rows:,} samples), {seconds:.1f} s each: {hours:.2f} hours"
     text += f", {args.batch_size / seconds:.1f} samples/s"
@@ -295,52 +309,69 @@ def next_smaller(planner: Planner, row: Row) -> str:
     return "nothing: a smaller --num_crops makes smaller samples"
 
 
-def report(own: argparse.Namespace, args: RecipeArguments, strategy_given: bool) -> str:
-    """What the command prints."""
-    count, memory, name = gpus_of(own)
-    card, usable = CARDS[name], usable_bytes(memory)
-    samples = samples_of(own, args)
-    planner = Planner(
-        model_config(args.model_name_or_path), args, count, samples.tokens, samples.crops, samples.labels
-    )
-    setting = setting_of(args, None if args.recompute != "auto" else "full")
+@dataclass(frozen=True)
+class Plan:
+    """What the planner has found: all rows, the run's own, and the recommended one, if any fits."""
+
+    planner: Planner
+    samples: Samples
+    card: str
+    memory: float
+    usable: float
+    rows: list[Row]
+    mine: Row
+    best: Row | None
+
+    def seconds(self, setting: Setting) -> float:
+        """Of an optimizer step."""
+        mean = self.samples.mean_tokens, self.samples.mean_squares, self.samples.mean_crops
+        return step_seconds(self.planner, setting, CARDS[self.card], self.planner.args.batch_size, *mean)
+
+
+def make_plan(own: argparse.Namespace, args: RecipeArguments) -> Plan:
+    """Plans what `parse` has read."""
+    count, memory, card = gpus_of(own)
+    usable, samples = usable_bytes(memory), samples_of(own, args)
+    config = model_config(args.model_name_or_path)
+    planner = Planner(config, args, count, samples.tokens, samples.crops, samples.labels)
+    automatic = args.recompute == "auto"
+    setting = setting_of(args, "full" if automatic else None)
     rows = plan_rows(planner, setting, usable)
-    if own.json:
-        return json.dumps([row.as_json(count) for row in rows])
+    # From the most to the least that is computed again, as the rows are.
+    same = [row for row in rows if replace(row.setting, recompute="") == replace(setting, recompute="")]
+    fitting = [row for row in same if row.fits]
+    mine = (fitting or same)[-1 if fitting else 0] if automatic else next(r for r in same if r.setting == setting)
+    found = Plan(planner, samples, card, memory, usable, rows, mine, None)
+    chosen = args.use_lora or args.freeze_vision_model
+    return replace(found, best=recommend(rows, setting, chosen, found.seconds))
 
-    def seconds(found: Setting) -> float:
-        mean = samples.mean_tokens, samples.mean_squares, samples.mean_crops
-        return step_seconds(planner, found, card, args.batch_size, *mean)
 
-    bf16 = card.bf16 and args.fp16 is not True
+def report(plan: Plan, dollars: float | None, task: str | None) -> str:
+    """What the command prints."""
+    samples, planner, best, args = plan.samples, plan.planner, plan.best, plan.planner.args
+    mean = f"; on average {samples.mean_tokens:,.0f} and {samples.mean_crops:.1f}" if args.data_dir else ""
     lines = [
-        f"sample       {samples.tokens:,} tokens, {samples.crops} crops ({samples.name})"
-        + (f"; on average {samples.mean_tokens:,.0f} and {samples.mean_crops:.1f}" if samples.rows else ""),
-        f"GPUs         {count} x {memory:g} GB, speed as of {name}; {usable / GIB:.1f} GiB of each can be allocated",
-        format_table(rows, usable),
+        f"sample       {samples.tokens:,} tokens, {samples.crops} crops ({samples.name}){mean}",
+        f"GPUs         {planner.gpus} x {plan.memory:g} GB, speed as of {plan.card}; {plan.usable / GIB:.1f} GiB of each can be allocated",
+        "",
+        format_table(plan.rows, plan.usable),
+        "",
+        f"your flags   {plan.mine.setting.flags()}: {describe_memory(plan.mine.memory)}: {'fits' if plan.mine.fits else 'does not fit'}",
     ]
-    mine = [row for row in rows if row.setting == setting]
-    if args.recompute == "auto":
-        same = [row for row in rows if (row.setting.strategy, row.setting.deepspeed, row.setting.micro_batch) == (setting.strategy, setting.deepspeed, setting.micro_batch)]
-        mine = [row for row in same[::-1] if row.fits] or same[:1]
-    lines.append(
-        f"your flags   {mine[0].setting.flags()}: {describe_memory(mine[0].memory)}, {'fits' if mine[0].fits else 'does not fit'}"
-    )
-    best = recommend(rows, setting, strategy_given, seconds)
     if best is None:
         lines.append("recommended  nothing fits: more GPUs, larger ones, or a smaller --num_crops")
     else:
+        bf16 = CARDS[plan.card].bf16
         lines += [
-            f"recommended  {command(args, best.setting, count, bf16, own.task)}",
+            f"recommended  {command(args, best.setting, planner.gpus, bf16, task)}",
             f"memory       {describe_memory(best.memory)}",
-            f"time         {describe_time(args, samples, seconds(best.setting), count, own.dollars_per_gpu_hour)}",
+            f"time         {describe_time(args, samples, plan.seconds(best.setting), planner.gpus, dollars)}",
             f"if it fails  {next_smaller(planner, best)}",
         ]
-    lines += other_ways(planner, rows, best, args)
-    return "\n".join(lines)
+    return "\n".join(lines + other_ways(planner, plan.rows, best))
 
 
-def other_ways(planner: Planner, rows: list[Row], best: Row | None, args: RecipeArguments) -> list[str]:
+def other_ways(planner: Planner, rows: list[Row], best: Row | None) -> list[str]:
     """How to fine-tune fully, where that only fits with states in main memory."""
     if best is not None and best.setting.strategy == "full":
         return []
@@ -357,10 +388,10 @@ def other_ways(planner: Planner, rows: list[Row], best: Row | None, args: Recipe
 def main(argv: list[str] | None = None) -> int:
     """Prints the plan of what the command line says; exit status 2 for a bad call."""
     try:
-        given = sys.argv[1:] if argv is None else argv
-        own, args = parse(given)
-        chosen = {"--use_lora", "--use_qlora", "--freeze_vision_model"} & {word.split("=")[0] for word in given}
-        print(report(own, args, bool(chosen)))
+        own, args = parse(argv)
+        plan = make_plan(own, args)
+        rows = [row.as_json(plan.planner.gpus) for row in plan.rows]
+        print(json.dumps(rows) if own.json else report(plan, own.dollars_per_gpu_hour, own.task))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -161,7 +161,9 @@ def _out_of_memory(error: BaseException, size: int) -> RunError:
     if size > 1:
         cure = f"--per_device_eval_batch_size {size // 2} instead of {size} takes less"
     first = next((line for line in str(error).splitlines() if line.strip()), "out of memory")
-    return RunError(f"answering ran out of GPU memory: {first:.200} {cure}; the same command goes on from the kept answers")
+    return RunError(
+        f"answering ran out of GPU memory: {first:.200} {cure}; the same command goes on from the kept answers"
+    )
 
 
 @torch.no_grad()

@@ -266,7 +266,7 @@ def _mark_layers(model, live: Live) -> None:
         live.backward = True
         live.mark("backward", kind)
 
-    def after(kind, module, args, output):
+    def after(kind, _module, _inputs, output):
         if live.backward:  # a layer that is computed again
             return
         live.mark("forward", kind)
@@ -282,7 +282,7 @@ def _mark_layers(model, live: Live) -> None:
     base._loss = partial(_loss, base)
 
 
-def _loss(model, hidden_states, labels, num_items_in_batch, smoothing=0.0):
+def _loss(model, hidden_states, labels, *_):
     """`Phi3VForCausalLM._loss`, the labels in known places: a fake tensor could not say where they are."""
     rows, count = labels
     picked = torch.arange(rows * count)

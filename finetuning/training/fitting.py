@@ -66,7 +66,9 @@ class Planner:
         tokens, crops, labels (int): of the largest sample.
     """
 
-    def __init__(self, config: Phi3VConfig, args: RecipeArguments, gpus: int, tokens: int, crops: int, labels: int = 12):
+    def __init__(
+        self, config: Phi3VConfig, args: RecipeArguments, gpus: int, tokens: int, crops: int, labels: int = 12
+    ):
         self.config, self.args, self.gpus = config, args, gpus
         self.tokens, self.crops, self.labels = tokens, crops, labels
         self._activations: dict[tuple[str, bool], Activations] = {}
@@ -76,8 +78,8 @@ class Planner:
         args = copy.copy(self.args)
         for name, value in STRATEGIES[setting.strategy].items():
             setattr(args, name, value)
-        known = deepspeed_configs()
-        args.deepspeed_config = known[setting.deepspeed] if setting.deepspeed in known else self.args.deepspeed_config
+        # Of any other name: the run's own.
+        args.deepspeed_config = deepspeed_configs().get(setting.deepspeed, self.args.deepspeed_config)
         args.recompute, args.per_device_train_batch_size = setting.recompute, setting.micro_batch
         return args
 
@@ -204,7 +206,9 @@ def out_of_memory(error: BaseException, model, args: RecipeArguments, dataset, s
     setting = setting_of(args)
     try:
         planner = planner_of(model, args, dataset)
-        planned = f"{planner.memory(setting).peak / GIB:.1f} GiB were planned; {advice(planner, setting, free_bytes_here())}"
+        planned = (
+            f"{planner.memory(setting).peak / GIB:.1f} GiB were planned; {advice(planner, setting, free_bytes_here())}"
+        )
     except Exception:  # this error is the one to tell
         planned = "what lowers it most: --batch_size_per_gpu 1, --recompute full, --use_lora"
     return RunError(f"training ran out of GPU memory: {first:.200} {planned}; {state}")

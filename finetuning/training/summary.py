@@ -15,6 +15,7 @@ from .fitting import settle_memory
 from .identity import read_run, write_run
 from .parts import PARTS, model_part
 
+
 def print_summary(model, args: RecipeArguments, dataset: ConversationDataset) -> None:
     """Prints, on the first rank, what will be trained and how; keeps it for the report; checks the disk.
 

@@ -201,16 +201,14 @@ def planner(arguments):
 
 def test_the_least_recomputation_that_fits_is_taken(planner):
     setting = Setting("full", "zero2", "auto", 1)
-    peaks = {
-        name: planner.memory(Setting("full", "zero2", name, 1)).peak for name in ("none", "vision", "full")
-    }
+    peaks = {name: planner.memory(Setting("full", "zero2", name, 1)).peak for name in ("none", "vision", "full")}
     assert peaks["full"] < peaks["vision"] < peaks["none"]
     for name, peak in peaks.items():
         assert least_recomputation(planner, setting, peak + 1) == name
     assert least_recomputation(planner, setting, peaks["full"] - 1) == "full"
 
 
-def test_smaller_settings_take_less_in_turn(planner):
+def test_smaller_settings_come_in_turn():
     found = list(smaller(Setting("full", "zero2", "none", 4)))
     assert found[0] == Setting("full", "zero2", "vision", 4)
     assert Setting("full", "zero2", "full", 1) in found
@@ -286,7 +284,9 @@ def test_the_end_of_a_run_holds_the_plan_against_what_was_measured(planned_peak,
 
 
 def test_out_of_memory_in_training_names_what_would_have_fitted(folder, monkeypatch):
-    args = recipe.arguments(folder, "--use_lora", "--batch_size_per_gpu", "2", "--recompute", "none", "--max_steps", "1")
+    args = recipe.arguments(
+        folder, "--use_lora", "--batch_size_per_gpu", "2", "--recompute", "none", "--max_steps", "1"
+    )
     write_run(Path(args.output_dir), {})
     model = load_model(args)
     trainer = RecipeTrainer(
