@@ -16,6 +16,7 @@ Exit status: 0, or 2 for a bad call.
 """
 
 import argparse
+import difflib
 import json
 import math
 import os
@@ -108,6 +109,10 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, RecipeArguments]:
             raise InputError(f"--{name} {given:g}: expected a number of at least {value}")
     if own.gpu is not None and own.gpu not in CARDS:
         raise InputError(f"--gpu {own.gpu}: expected one of {', '.join(CARDS)}; --gpu_memory alone takes any size")
+    names = [option for action in parser._actions for option in action.option_strings]
+    for word in (flag.split("=")[0] for flag in flags if flag.startswith("--")):
+        if close := difflib.get_close_matches(word, names, n=1, cutoff=0.85):
+            raise InputError(f"unrecognized arguments: {word}; did you mean {close[0]}?")
     return own, run_arguments(flags)
 
 
