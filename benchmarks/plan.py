@@ -28,7 +28,8 @@ import numpy as np
 
 from finetuning.arguments import RecipeArguments, parse_args
 from finetuning.errors import run_script
-from finetuning.plan import command, make_plan, parse
+from finetuning.plan import command, make_plan
+from finetuning.plan import parse_args as parse_plan
 from finetuning.training.fake_step import Batch, FakeModel, Segment, repeated, whole
 from finetuning.training.memory import (
     GIB,
@@ -190,7 +191,7 @@ def hardware() -> dict[str, Any]:
     """What the planner recommends for the machines of `HARDWARE`."""
     found = {}
     for name, flags in HARDWARE.items():
-        own, args = parse([*flags, "--batch_size", "64"])
+        own, args = parse_plan([*flags, "--batch_size", "64"])
         plan = make_plan(own, args)
         best = plan.best
         assert best is not None, "LoRA fits on each of them"

@@ -74,7 +74,7 @@ class Row:
         }
 
 
-def parse(argv: list[str] | None) -> tuple[argparse.Namespace, RecipeArguments]:
+def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, RecipeArguments]:
     """The planner's own flags, and the run's as on GPUs that are not here.
 
     Raises:
@@ -334,7 +334,7 @@ class Plan:
 
 
 def make_plan(own: argparse.Namespace, args: RecipeArguments) -> Plan:
-    """Plans what `parse` has read."""
+    """Plans what `parse_args` has read."""
     count, memory, card = gpus_of(own)
     usable, samples = usable_bytes(memory), samples_of(own, args)
     config = model_config(args.model_name_or_path)
@@ -393,7 +393,7 @@ def other_ways(planner: Planner, rows: list[Row], best: Row | None) -> list[str]
 def main(argv: list[str] | None = None) -> int:
     """Prints the plan of what the command line says; exit status 2 for a bad call."""
     try:
-        own, args = parse(argv)
+        own, args = parse_args(argv)
         plan = make_plan(own, args)
         rows = [row.as_json(plan.planner.gpus) for row in plan.rows]
         print(json.dumps(rows) if own.json else report(plan, own.dollars_per_gpu_hour, own.task))
