@@ -241,6 +241,28 @@ def startup() -> str:
     return "\n".join((*lines, ""))
 
 
+def hardware() -> str:
+    """What the planner recommends for usual machines, as benchmarks/plan.py has recorded it."""
+    lines = [
+        "| GPUs | planned peak, of what can be allocated | after `torchrun --nproc_per_node=<GPUs>` |",
+        "|---|---|---|",
+    ]
+    for name, row in load("plan")["hardware"].items():
+        words = row["command"].split(" ", 2)[2]
+        lines.append(f"| {name} | {row['peak_gib']:.1f} of {row['usable_gib']:.1f} GiB | `{words}` |")
+    return "\n".join((*lines, ""))
+
+
+def plan_accuracy() -> str:
+    found = load("plan")
+    return (
+        f"Against {len(found['settings'])} steps of all layers in full size, on fake tensors, the planned peaks are at most "
+        f"{found['largest deviation']:.1%} off, {found['mean deviation']:.1%} on average; a plan takes "
+        f"{found['planner_seconds']['processor']:.0f} s of a processor, most of it imports "
+        "([plan.json](../benchmarks/results/plan.json)).\n"
+    )
+
+
 def table(found: list[tuple[str, str, str]]) -> str:
     lines = [f"| {what} | {result} | `{command}` |" for what, result, command in found]
     return "\n".join(("| what | result | command |", "|---|---|---|", *lines, ""))
@@ -255,6 +277,8 @@ PARTS = {
     "levers": levers,
     "readers": readers,
     "startup": startup,
+    "hardware": hardware,
+    "plan": plan_accuracy,
 }
 BEGIN = "<!-- {} made by `python -m benchmarks.readme` -->\n"
 

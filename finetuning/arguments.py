@@ -179,10 +179,11 @@ class RecipeArguments(TrainingArguments):
     adam_epsilon: float = _flag(default=1e-7, help="AdamW epsilon")
     max_grad_norm: float = _flag(default=1.0, help="gradients are clipped to this norm")
     recompute: str = _flag(
-        default="full",
-        help="layers whose activations are computed again in the backward pass, to save memory: full, vision or none; "
+        default="auto",
+        help="layers whose activations are computed again in the backward pass, to save memory: full, vision, none, or auto, the "
+        "fewest with which the run fits on the GPU (on a CPU full); "
         "'--activation_checkpointing_kwargs {\"every_n_layers\": 2}' takes every second one",
-        metadata={"choices": ["full", "vision", "none"]},
+        metadata={"choices": ["auto", "full", "vision", "none"]},
     )
 
     eval_split: str | None = _flag(
@@ -268,6 +269,10 @@ class RecipeArguments(TrainingArguments):
         self._check_output_dir()
         if False in (self.activation_checkpointing, self.gradient_checkpointing):
             self.recompute = "none"
+        if self.recompute == "auto" and self.use_cpu:
+            self.recompute = "full"
+        # In bytes; training/fitting.py settles it on a GPU.
+        self.planned_peak = 0.0
         self.activation_checkpointing, self.gradient_checkpointing = self.recompute != "none", None
         if self.dataloader_num_workers is None:
             local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))

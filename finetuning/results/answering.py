@@ -19,7 +19,7 @@ from ..data.conversation import Conversation, Turn, to_messages
 from ..data.dataset import ConversationDataset
 from ..data.fingerprint import digest, identify_picture
 from ..data.images import load_images
-from ..errors import Stopped
+from ..errors import RunError, Stopped
 from ..training.progress import answers_bar
 from ..training.signals import stop_signals
 from .predictions import PREDICTIONS, STEP, Prediction, answering_model, keep_answers, rewrite, to_line, with_answer
@@ -145,7 +145,10 @@ def precision(model, dtype: torch.dtype):
 @torch.no_grad()
 def _generate(model, processor: Phi3VProcessor, inputs, asked: list[Prediction], args) -> list[Prediction]:
     inputs = inputs.to(args.device)
-    texts = greedy_answers(model, processor, inputs, args.max_new_tokens)
+    try:
+        texts = greedy_answers(model, processor, inputs, args.max_new_tokens)
+    except torch.OutOfMemoryError as error:
+        raise _out_of_memory(error, len(asked)) from error
     predictions = [replace(question, answer=text) for question, text in zip(asked, texts, strict=True)]
     for choice in sorted({choice for question in asked for choice in question.choices}):
         scores = _log_probability(model, processor, inputs, choice)
@@ -153,6 +156,16 @@ def _generate(model, processor: Phi3VProcessor, inputs, asked: list[Prediction],
             if choice in prediction.choices:
                 prediction.choices[choice] = value
     return predictions
+
+
+def _out_of_memory(error: BaseException, size: int) -> RunError:
+    cure = "a smaller --num_crops, --use_qlora or a larger GPU"
+    if size > 1:
+        cure = f"--per_device_eval_batch_size {size // 2} instead of {size} takes less"
+    first = next((line for line in str(error).splitlines() if line.strip()), "out of memory")
+    return RunError(
+        f"answering ran out of GPU memory: {first:.200} {cure}; the same command goes on from the kept answers"
+    )
 
 
 @torch.no_grad()

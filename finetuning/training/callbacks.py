@@ -9,28 +9,17 @@ import torch
 import torch.distributed as dist
 from accelerate.utils import gather_object
 from transformers import TrainerCallback, set_seed
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_utils import rotate_checkpoints
 
 from ..errors import RunError, Stopped
 from .checkpoint import find_checkpoints, seal
 from .identity import RUN, read_run
+from .parts import keep_text_activations, model_part
 from .signals import stop_signals
-from .summary import model_part
 
 NONFINITE_IN_A_ROW = 10
 # Loss scaling halves its scale each time: 65536 is 1 by then. DeepSpeed would end with a traceback two later.
 OVERFLOWS_IN_A_ROW = 16
-
-
-def keep_text_activations(model) -> None:
-    """`--recompute vision`: of the layers chosen by `activation_checkpointing_enable`, drops those of the language model.
-
-    With a page the vision tower's activations take as much memory as the language model's, for a third of its FLOPs.
-    """
-    for name, module in model.named_modules():
-        if isinstance(module, GradientCheckpointingLayer) and model_part(name) == "language model":
-            module.gradient_checkpointing = False
 
 
 def last_checkpoint(folder: str) -> str:

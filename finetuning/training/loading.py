@@ -111,6 +111,11 @@ def load_model(args: RecipeArguments) -> PreTrainedModel | PeftModel:
             if isinstance(module, GradientCheckpointingLayer):
                 # In place, so that all names stay; one compilation serves all layers of a kind.
                 module.compile(dynamic=True, **args.compile_options)
+    return set_trainable(model, args)
+
+
+def set_trainable(model, args: RecipeArguments) -> PreTrainedModel | PeftModel:
+    """The model with exactly the parameters trainable that the strategy trains; adapters are added."""
     # The last CLIP layer is never run: it would wait for gradients that never come.
     unused_layers(model).requires_grad_(False)
     if args.freeze_vision_model:

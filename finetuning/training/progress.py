@@ -51,6 +51,7 @@ class Progress(TrainerCallback):
         self._seconds, self._since, self._first = 0.0, 0.0, (0.0, 0)
         self._begun_step = self._logged_step = 0
         self._model, self._rate, self._remaining = None, 0.0, 0.0
+        self._peak = 0.0  # bytes, the most of a rank in all that was logged
 
     def count(self, inputs: dict[str, Any]) -> None:
         """Counts a micro-batch; `RecipeTrainer.training_step` calls it.
@@ -88,6 +89,7 @@ class Progress(TrainerCallback):
             peak = peak.to(args.device)
             dist.all_reduce(counts)
             dist.all_reduce(peak, dist.ReduceOp.MAX)
+        self._peak = peak.item()
         images, crops, tokens, squares, labels = counts.tolist()
         now = time.perf_counter()
         steps, seconds = max(1, state.global_step - self._logged_step), self._seconds + now - self._since
@@ -100,7 +102,7 @@ class Progress(TrainerCallback):
         self._logged_step = state.global_step
         figures = {"img_per_second": images / seconds} if images else {}
         figures |= {"tokens_per_second": tokens / seconds, "seconds_per_step": seconds / steps}
-        figures |= {"peak_memory_gb": peak.item() / 1e9}
+        figures |= {"peak_memory_gb": self._peak / 1e9}
         if self._rate:
             rank = args.lora_rank if args.use_lora else 0
             flops = step_flops(self._model.config, tokens, squares, crops, labels, args.freeze_vision_model, rank)
@@ -138,6 +140,11 @@ class Progress(TrainerCallback):
         # Of a run that ends before its time; what is logged already is not logged again.
         if control.should_training_stop and args.logging_strategy != IntervalStrategy.NO:
             control.should_log = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if args.planned_peak and self._peak and state.is_world_process_zero:
+            planned = f"peak memory: {args.planned_peak / 2**30:.1f} GiB planned, {self._peak / 2**30:.1f} GiB measured"
+            print(f"{planned} ({self._peak / args.planned_peak - 1:+.1%})", flush=True)
 
     def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
         if self._bar:

@@ -11,18 +11,9 @@ import torch
 from ..arguments import RecipeArguments
 from ..data.dataset import ConversationDataset
 from ..errors import InputError
+from .fitting import settle_memory
 from .identity import read_run, write_run
-
-PARTS = ("vision tower", "projector", "language model", "adapters")
-
-
-def model_part(name: str) -> str:
-    """The part of the model, one of `PARTS`, that a parameter belongs to."""
-    if "lora_" in name:
-        return "adapters"
-    if ".img_processor." in name:
-        return "vision tower"
-    return "projector" if ".vision_embed_tokens." in name else "language model"
+from .parts import PARTS, model_part
 
 
 def print_summary(model, args: RecipeArguments, dataset: ConversationDataset) -> None:
@@ -31,7 +22,10 @@ def print_summary(model, args: RecipeArguments, dataset: ConversationDataset) ->
     Raises:
         InputError: if not even one checkpoint fits on the disk.
     """
+    planned = settle_memory(model, args, dataset)
     text = describe(model, args, dataset)
+    if planned:
+        text += f"\npeak memory      {planned}"
     if args.process_index == 0:
         print(text, flush=True)
         output = Path(args.output_dir)

@@ -25,6 +25,7 @@ from .callbacks import (
     last_checkpoint,
 )
 from .checkpoint import final_files, seal
+from .fitting import out_of_memory
 from .identity import read_run
 from .progress import Progress
 from .signals import spare_workers
@@ -127,6 +128,9 @@ class RecipeTrainer(Trainer):
         self._pending.checkpoint = resume_from_checkpoint
         try:
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        except torch.OutOfMemoryError as error:
+            state = last_checkpoint(self.args.output_dir)
+            raise out_of_memory(error, self.model, self.args, self.train_dataset, state) from error
         finally:
             self._progress.close()
 
