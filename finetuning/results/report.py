@@ -132,7 +132,7 @@ def _describe_attempt(args: RecipeArguments, train_rows: int) -> dict[str, Any]:
         "processes": args.world_size,
         "strategy": args.strategy,
         "model": args.model_name_or_path,
-        "data": args.data_dir or "",
+        "data": " ".join(args.data_paths),
         "train_rows": train_rows,
         "changed": {name: str(value) for name, value in args.changed.items()},
     }
