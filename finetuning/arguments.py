@@ -577,9 +577,8 @@ class RecipeArguments(TrainingArguments):
             ("model_name_or_path", self.model_name_or_path),
             *(("data_dir", path) for path in self.data_paths),
         ]:
-            if (
-                os.path.isdir(folder)
-                and os.path.join(output, "").startswith(os.path.join(os.path.realpath(folder), ""))
+            if os.path.isdir(folder) and os.path.join(output, "").startswith(
+                os.path.join(os.path.realpath(folder), "")
             ):
                 where = "the same folder" if output == os.path.realpath(folder) else "a folder inside it"
                 raise InputError(

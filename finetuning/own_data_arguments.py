@@ -40,7 +40,9 @@ def parse_source(text: str) -> Source:
     except ValueError:
         number = 0.0
     if not 0 < number < float("inf"):
-        raise InputError(f"--data_dir {text}: expected a share over 0 after the colon, such as {path}:0.5, found {share!r}")
+        raise InputError(
+            f"--data_dir {text}: expected a share over 0 after the colon, such as {path}:0.5, found {share!r}"
+        )
     return Source(path, number)
 
 
@@ -70,9 +72,12 @@ class OwnDataArguments(RecipeArguments):
         help="folders or files with rows: LLaVA, ShareGPT, messages, native, or columns image, question, answer; as jsonl, json, "
         "csv or Parquet",
     )
-    dataset: str | None = flag(default=None, help="data set on the hub instead of --data_dir: OWNER/NAME or OWNER/NAME:CONFIG")
+    dataset: str | None = flag(
+        default=None, help="data set on the hub instead of --data_dir: OWNER/NAME or OWNER/NAME:CONFIG"
+    )
     columns: list[str] = flag(
-        default=None, help="names of columns that are called otherwise, such as image=path question=frage answer=antwort"
+        default=None,
+        help="names of columns that are called otherwise, such as image=path question=frage answer=antwort",
     )
     eval_share: float = flag(
         default=0.05,
@@ -100,7 +105,9 @@ class OwnDataArguments(RecipeArguments):
         self.sources = [parse_source(text) for text in self.data_dir or []]
         for source in self.sources:
             if source.share != 1:
-                raise InputError(f"--data_dir {source.path}:{source.share:g}: expected no share, which is not supported yet")
+                raise InputError(
+                    f"--data_dir {source.path}:{source.share:g}: expected no share, which is not supported yet"
+                )
         if self.sources:
             self.data_dir = [source.path for source in self.sources]
         self.metric = list(dict.fromkeys(self.metric or []))

@@ -65,7 +65,9 @@ def _groups(row: np.ndarray, key: np.ndarray, count: int) -> tuple[np.ndarray, n
     """
     keys, place = np.unique(key, return_inverse=True)
     size = count + len(keys)
-    _, label = connected_components(coo_array((np.ones(len(row), bool), (row, count + place)), shape=(size, size)), False)
+    _, label = connected_components(
+        coo_array((np.ones(len(row), bool), (row, count + place)), shape=(size, size)), False
+    )
     least = np.full(label.max() + 1, np.iinfo(np.uint64).max, np.uint64)
     np.minimum.at(least, label[count:], keys)
     # The least of many keys is small: without another hash, large groups would be drawn first.

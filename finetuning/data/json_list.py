@@ -86,7 +86,9 @@ def _find_objects(file: SteadyFile, name: str) -> Iterator[tuple[int, int, int]]
                 raise InputError(f"{name}:{line}: expected a JSON object, found {shown(row)}")
         except (ValueError, RecursionError) as error:
             if whole:
-                raise InputError(f"{name}:{line}: expected a JSON object, found {_reason(error, text, position)}") from None
+                raise InputError(
+                    f"{name}:{line}: expected a JSON object, found {_reason(error, text, position)}"
+                ) from None
             row = None
         if not isinstance(row, dict):
             more = file.read(offset + len(text), offset + len(text) + max(BLOCK, len(text) - position))

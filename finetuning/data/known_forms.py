@@ -56,7 +56,7 @@ def known_conversation(row: Mapping[str, Any]) -> Conversation:
     found = printable(", ".join(map(str, row)), 120) or "no field"
     raise InputError(
         f'{sample_name(row)}expected the field "conversations" (native, LLaVA, ShareGPT), "messages" (OpenAI, TRL), or "question" '
-        f"and \"answer\", found {found}; {CURE}"
+        f'and "answer", found {found}; {CURE}'
     )
 
 
@@ -160,7 +160,10 @@ def _question(row: Mapping[str, Any]) -> Conversation:
         raise InputError(f"{sample_name(row)}{describe_fault(error, row)}{cure}") from None
     turn = Turn(asked.question, asked.answers, asked.images)
     if MARK in asked.question and asked.images:
-        messages = [ChatMessage(role="user", content=asked.question), ChatMessage(role="assistant", content=asked.answers[0])]
+        messages = [
+            ChatMessage(role="user", content=asked.question),
+            ChatMessage(role="assistant", content=asked.answers[0]),
+        ]
         chat = ChatRow(id=asked.id, images=asked.images, messages=messages)
         [turn] = _ChatReader(chat, "question", sample_name(row)).turns()
         turn.answers = asked.answers
@@ -208,7 +211,9 @@ class _ChatReader:
                 expected = "user" if answered else "assistant"
                 raise InputError(f"{place}: expected a message of the {expected}, found one of {message.role}")
         if turns and not turns[-1].answers:
-            raise InputError(f"{self.where}{self.field}: expected an answer to the last message of the user, found none")
+            raise InputError(
+                f"{self.where}{self.field}: expected an answer to the last message of the user, found none"
+            )
         self._check_marks(turns)
         return turns
 
@@ -225,7 +230,9 @@ class _ChatReader:
 
     def _text(self, message: ChatMessage) -> str:
         if isinstance(message.content, str):
-            return re.sub(MARK, lambda mark: self._tag(self.waiting.pop(0)) if self.waiting else mark[0], message.content)
+            return re.sub(
+                MARK, lambda mark: self._tag(self.waiting.pop(0)) if self.waiting else mark[0], message.content
+            )
         return "".join(map(self._part, message.content))
 
     def _part(self, part: ChatPart) -> str:

@@ -73,7 +73,9 @@ def read_sources(args: "OwnDataArguments") -> list[OwnSource]:
             source.evaluation = source.splits[name]
         elif args.eval_split and draws:
             there = ", ".join(printable(split, 40) for split in source.splits)
-            raise InputError(f"--eval_split {args.eval_split}: expected rows of this split in {source.name}, found {there}")
+            raise InputError(
+                f"--eval_split {args.eval_split}: expected rows of this split in {source.name}, found {there}"
+            )
         elif draws:
             _draw(source, args)
         if args.dataset:
@@ -82,7 +84,9 @@ def read_sources(args: "OwnDataArguments") -> list[OwnSource]:
             args.hub_data = [{"name": hub, "config": config or None, "split": split} for split in used]
     if args.do_train and not any(len(source.train) for source in sources):
         there = ", ".join(printable(split, 40) for source in sources for split in source.splits)
-        raise InputError(f"{sources[0].name}: expected rows to train on, found the split(s) {there} alone; --do_train False scores them")
+        raise InputError(
+            f"{sources[0].name}: expected rows to train on, found the split(s) {there} alone; --do_train False scores them"
+        )
     return sources
 
 
@@ -111,7 +115,8 @@ def _from_hub(args: "OwnDataArguments") -> OwnSource:
     splits = load_hub_splits(args, name, config or None)
     # A picture that is a file of the repository lies in the cache.
     files = [
-        OwnRows(ArrowRows(rows, f"{name} ({split})"), split, HF_HUB_CACHE, args.column_of) for split, rows in splits.items()
+        OwnRows(ArrowRows(rows, f"{name} ({split})"), split, HF_HUB_CACHE, args.column_of)
+        for split, rows in splits.items()
     ]
     return OwnSource(str(args.dataset), files, _sort_rows(files, list(splits)))
 
@@ -134,7 +139,8 @@ def _sort_rows(files: list[OwnRows], of_file: list[str]) -> dict[str, Rows]:
     ends = np.cumsum([len(file) for file in files])
     by_field = ["split" in _first(file) for file in files]
     share = range(
-        len(rows) * state.process_index // state.num_processes, len(rows) * (state.process_index + 1) // state.num_processes
+        len(rows) * state.process_index // state.num_processes,
+        len(rows) * (state.process_index + 1) // state.num_processes,
     )
     names = {name: code for code, name in enumerate(dict.fromkeys(of_file))}
     splits, ids = np.zeros(len(share), np.int16), np.zeros(len(share), np.uint64)

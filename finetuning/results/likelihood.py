@@ -32,7 +32,9 @@ def measure_loss(model: Any, dataset: ConversationDataset, args: RecipeArguments
     model.eval()
     mine = torch.utils.data.Subset(dataset, range(args.process_index, len(dataset), args.world_size))
     collate = DataCollatorForPhi3V(dataset.processor.tokenizer.pad_token_id)
-    loader = DataLoader(mine, args.per_device_eval_batch_size, collate_fn=collate, num_workers=args.dataloader_num_workers)
+    loader = DataLoader(
+        mine, args.per_device_eval_batch_size, collate_fn=collate, num_workers=args.dataloader_num_workers
+    )
     sums = torch.zeros(3, dtype=torch.float64)
     with precision(model, args.compute_dtype):
         for batch in loader:
