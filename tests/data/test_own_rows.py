@@ -64,12 +64,17 @@ def test_every_form_gives_the_same_conversations(name, base, tmp_path):
     assert pickle.loads(pickle.dumps(train))[3] == train[3]
 
 
+def start(base: Path, flags: list[str]) -> None:
+    """What is checked before a model is loaded."""
+    args = arguments(base, *flags)
+    for rows, split in zip(load_own_data(args), ("train", "eval"), strict=True):
+        build_dataset(rows, known_conversation, PROCESSOR, args, split)
+
+
 @pytest.mark.parametrize("bad", BAD_INPUTS, ids=lambda bad: bad.name)
 def test_a_bad_input_is_one_line(bad, base, tmp_path):
     with pytest.raises(InputError) as caught:
-        args = arguments(base, *bad.write(tmp_path / "data"))
-        for rows, split in zip(load_own_data(args), ("train", "eval"), strict=True):
-            build_dataset(rows, known_conversation, PROCESSOR, args, split)
+        start(base, bad.write(tmp_path / "data"))
     line = str(caught.value)
     assert bad.expected in line
     assert line.isprintable()
