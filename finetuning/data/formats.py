@@ -134,14 +134,14 @@ def read_samples(
 def _numbered_rows(path: Path, columns: Mapping[str, str], known: bool) -> Iterator[tuple[int, Row | InputError]]:
     """Line, or in Parquet number, and row of each row of a file; in place of one that cannot be read its error."""
     if path.suffix in (".jsonl", ".json"):
-        found = (
-            (line, row if isinstance(row, InputError) else Row(name_columns(row, columns), f"{path}:{line}"))
-            for line, row in iterate_rows(path)
-        )
+        found = iterate_rows(path)
         head = list(islice(found, LOOKED_AT))
         if known:
-            check_columns([row for _, row in head if isinstance(row, Row)], columns)
-        yield from chain(head, found)
+            check_columns(
+                [Row(row, f"{path}:{line}") for line, row in head if not isinstance(row, InputError)], columns
+            )
+        for line, row in chain(head, found):
+            yield line, row if isinstance(row, InputError) else Row(name_columns(row, columns), f"{path}:{line}")
         return
     rows = open_file(path, columns)
     for index in range(len(rows)):

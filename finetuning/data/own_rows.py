@@ -80,8 +80,7 @@ class OwnRows(Sequence[Row]):
         rows = []
         for index in range(min(LOOKED_AT, len(self))):
             try:
-                raw = self._file.values(index)
-                rows.append(Row(name_columns(raw, self._columns), raw.where))
+                rows.append(self._file.values(index))
             except InputError:  # told when all rows are checked
                 continue
         check_columns(rows, self._columns)
@@ -96,24 +95,25 @@ def name_columns(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str
 
 
 def check_columns(rows: Sequence[Row], columns: Mapping[str, str]) -> None:
-    """Checks the first rows of a file, after `name_columns`: each column that was named is there, and none with pictures is left.
+    """Checks the first rows of a file as they stand there: each column that is named occurs, and none with pictures is left out.
 
     Raises:
         InputError: with the first row's place. Both faults would else train on texts alone.
     """
     for field, column in columns.items():
-        if rows and not any(field in row for row in rows):
+        if rows and not any(column in row for row in rows):
             found = printable(", ".join(map(str, rows[0])), 120)
             raise InputError(
                 f"--columns {field}={column}: expected a column of that name, found {found} ({rows[0].where})"
             )
-    for row in rows:
+    for found_row in rows:
+        row = name_columns(found_row, columns)
         if not is_question(row) or not {"image", "images"}.isdisjoint(row):
             continue
         column = next((name for name, value in row.items() if name not in READ and _is_picture(value)), None)
         if column is not None:
             raise InputError(
-                f"{row.where}: expected pictures in a column image or images, found them in {shown(column)}; --columns "
+                f"{found_row.where}: expected pictures in a column image or images, found them in {shown(column)}; --columns "
                 f"image={column} says so"
             )
 

@@ -97,7 +97,7 @@ def _draw(source: OwnSource, args: "OwnDataArguments") -> None:
     except InputError as error:
         raise InputError(f"{source.name}: no test split: {error}") from None
     source.train, source.evaluation = rows.select(train), rows.select(drawn)
-    if state.is_main_process:
+    if state.is_main_process and args.eval_share:
         said = f"{len(drawn)} of {len(rows)} rows are answered and not trained, drawn by picture (--eval_share {args.eval_share:g})"
         print(f"{source.name}: no test split: {said}", flush=True)
 
