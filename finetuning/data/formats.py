@@ -21,7 +21,7 @@ from ..errors import InputError
 from .conversation import Conversation, check_conversation
 from .jsonl import iterate_rows
 from .known_forms import is_question, known_conversation, locate_pictures
-from .own_rows import LOOKED_AT, check_columns, data_files, name_columns, open_file
+from .own_rows import LOOKED_AT, check_pictures, data_files, missing_columns, name_columns, open_file
 from .reading import check_split
 from .rows import Row, resolve_images
 from .schemas import ConvertedRow, chat_format, parse_row, row_id, sample_name
@@ -144,6 +144,7 @@ def _numbered_rows(path: Path, columns: Mapping[str, str], known: bool) -> Itera
             yield line, row if isinstance(row, InputError) else Row(name_columns(row, columns), f"{path}:{line}")
         return
     rows = open_file(path, columns)
+    _refuse(rows.missing)
     for index in range(len(rows)):
         line = rows.number(index)
         try:
@@ -151,6 +152,11 @@ def _numbered_rows(path: Path, columns: Mapping[str, str], known: bool) -> Itera
         except InputError as error:
             place = (f"{printable(str(path))}:{line}: ", f"{printable(str(path))}, row {line}: ")
             yield line, InputError(str(error).removeprefix(place[0]).removeprefix(place[1]))
+
+
+def _refuse(missing: dict[str, str]) -> None:
+    for message in missing.values():
+        raise InputError(message)
 
 
 def _to_sample(path: Path, line: int, row: Row, used: set[str], to_conversation: Callable[[Any], Any] | None) -> Sample:

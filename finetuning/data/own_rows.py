@@ -36,7 +36,7 @@ class OwnRows(Sequence[Row]):
         columns (Mapping[str, str]): field of a known form -> name of the column that holds it.
 
     Raises:
-        InputError: if a column of `columns` is not there, or one that is not read holds pictures.
+        InputError: if a column that is not read holds pictures.
     """
 
     def __init__(self, file: Any, name: str, folder: str | os.PathLike, columns: Mapping[str, str]):
@@ -83,7 +83,9 @@ class OwnRows(Sequence[Row]):
                 rows.append(self._file.values(index))
             except InputError:  # told when all rows are checked
                 continue
-        check_columns(rows, self._columns)
+        check_pictures(rows, self._columns)
+        # A column need not be in every file.
+        self.missing = missing_columns(rows, self._columns)
 
 
 def name_columns(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
@@ -94,18 +96,24 @@ def name_columns(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str
     return named | {field: row[column] for field, column in columns.items() if column in row}
 
 
-def check_columns(rows: Sequence[Row], columns: Mapping[str, str]) -> None:
-    """Checks the first rows of a file as they stand there: each column that is named occurs, and none with pictures is left out.
+def missing_columns(rows: Sequence[Row], columns: Mapping[str, str]) -> dict[str, str]:
+    """Field -> message, of each column of `columns` that occurs in none of the first rows of a file."""
+    if not rows:
+        return {}
+    found = f"found {printable(', '.join(map(str, rows[0])), 120)} ({rows[0].where})"
+    return {
+        field: f"--columns {field}={column}: expected a column of that name, {found}"
+        for field, column in columns.items()
+        if not any(column in row for row in rows)
+    }
+
+
+def check_pictures(rows: Sequence[Row], columns: Mapping[str, str]) -> None:
+    """Checks the first rows of a file as they stand there: no column that is not read seems to hold their pictures.
 
     Raises:
-        InputError: with the first row's place. Both faults would else train on texts alone.
+        InputError: with the row's place; training would go on with the texts alone.
     """
-    for field, column in columns.items():
-        if rows and not any(column in row for row in rows):
-            found = printable(", ".join(map(str, rows[0])), 120)
-            raise InputError(
-                f"--columns {field}={column}: expected a column of that name, found {found} ({rows[0].where})"
-            )
     for found_row in rows:
         row = name_columns(found_row, columns)
         if not is_question(row) or not {"image", "images"}.isdisjoint(row):

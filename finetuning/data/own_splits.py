@@ -61,6 +61,10 @@ def load_own_data(args: "OwnDataArguments") -> tuple[Sequence[Row], Sequence[Row
 def read_sources(args: "OwnDataArguments") -> list[OwnSource]:
     """Each source of --data_dir, or the one of --dataset, with its rows to train on and to answer; see `load_own_data`."""
     sources = [_from_hub(args)] if args.dataset else [_from_files(source.path, args) for source in args.sources]
+    for field in args.column_of:
+        missing = [file.missing.get(field) for source in sources for file in source.files]
+        if all(missing):
+            raise InputError(str(missing[0]))
     if len(sources) > 1:
         _prefix_ids(sources)
     names = [args.eval_split] if args.eval_split else list(EVALUATION)
