@@ -137,9 +137,9 @@ def _numbered_rows(path: Path, columns: Mapping[str, str], known: bool) -> Itera
         found = iterate_rows(path)
         head = list(islice(found, LOOKED_AT))
         if known:
-            check_columns(
-                [Row(row, f"{path}:{line}") for line, row in head if not isinstance(row, InputError)], columns
-            )
+            first = [Row(row, f"{path}:{line}") for line, row in head if not isinstance(row, InputError)]
+            check_pictures(first, columns)
+            _refuse(missing_columns(first, columns))
         for line, row in chain(head, found):
             yield line, row if isinstance(row, InputError) else Row(name_columns(row, columns), f"{path}:{line}")
         return
