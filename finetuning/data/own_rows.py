@@ -69,7 +69,7 @@ class OwnRows(Sequence[Row]):
             row["id"] = self.prefix + name
         return Row(row, raw.where)
 
-    def __getitem__(self, index: Any) -> Row:
+    def __getitem__(self, index: Any) -> Any:
         row = self.values(index)
         try:
             return Row(locate_pictures(row, self._folder), row.where)

@@ -143,8 +143,8 @@ def test_a_json_list_gives_rows_by_number(block, indent, tmp_path, monkeypatch):
 
 def test_an_id_that_is_used_again_becomes_one_of_its_own(base, tmp_path):
     rows = [{"id": name, "question": f"{n}?", "answer": "a"} for n, name in enumerate(["x", "x", 3, None, "x"])]
-    recipe.write_jsonl(tmp_path / "chat.jsonl", [*rows, {"question": "6?", "answer": "a"}])
-    train, _ = load_own_data(arguments(base, "--data_dir", str(tmp_path), "--eval_share", "0"))
+    path = recipe.write_jsonl(tmp_path / "chat.jsonl", [*rows, {"question": "6?", "answer": "a"}])
+    train, _ = load_own_data(arguments(base, "--data_dir", str(path), "--eval_share", "0"))
     assert [known_conversation(row).id for row in train] == ["x", "chat-2", "3", "chat-4", "chat-5", "chat-6"]
 
 
