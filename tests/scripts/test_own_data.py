@@ -71,7 +71,8 @@ def test_an_input_trains_as_it_comes(runs, name):
     assert after["token_accuracy"] > before["token_accuracy"]
     assert after["rouge_l"] > before["rouge_l"]
     card = (run.output / "README.md").read_text()
-    assert (own_inputs.HUB_NAME if name == HUB else "data-") in card
+    names = {HUB: own_inputs.HUB_NAME, "LLaVA json": "llava_pages.json", "csv": "pages.csv"}
+    assert names.get(name, f"data-{name}") in card
     assert str(run.output.parent) not in card
 
 
