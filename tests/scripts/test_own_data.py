@@ -12,7 +12,7 @@ from launch import record_bad_inputs, script, several
 
 from benchmarks.record import provenance, write
 
-FLAGS = ["--num_crops", "1", "--no-tqdm", "--batch_size", "6", "--learning_rate", "5e-3", "--warmup_steps", "2", "--max_new_tokens", "6"]  # fmt: skip
+FLAGS = ["--num_crops", "1", "--no-tqdm", "--batch_size", "6", "--learning_rate", "5e-3", "--warmup_steps", "2", "--max_new_tokens", "12"]  # fmt: skip
 TRAINED = [
     *FLAGS,
     "--use_lora",
@@ -70,6 +70,7 @@ def test_an_input_trains_as_it_comes(runs, name):
     assert after["loss"] < 0.5 * before["loss"]
     assert after["token_accuracy"] > before["token_accuracy"]
     assert after["rouge_l"] > before["rouge_l"]
+    assert after["exact_match"] > before["exact_match"]
     card = (run.output / "README.md").read_text()
     names = {HUB: own_inputs.HUB_NAME, "LLaVA json": "llava_pages.json", "csv": "pages.csv"}
     assert names.get(name, f"data-{name}") in card
