@@ -117,3 +117,15 @@ def test_the_results_that_are_recorded_are_of_all_inputs():
     path = Path(__file__).parents[2] / "benchmarks" / "results" / "own_inputs.json"
     recorded = json.loads(path.read_text())["inputs"]
     assert list(recorded) == [*own_inputs.INPUTS, HUB]
+
+
+@pytest.mark.slow
+def test_two_processes_draw_and_answer_the_same_rows(runs, base, tmp_path):
+    flags = ["--model_name_or_path", str(base), *own_inputs.csv_file(tmp_path / "data"), *TRAINED]
+    [run] = several({"csv": flags}, tmp_path, {"csv": Path(script("own_data"))}, ranks=2).values()
+    assert run.status == 0, run.stdout + run.stderr
+    for stage in ("before", "after"):
+        found, expected = run.evaluation(stage), runs["csv"].evaluation(stage)
+        assert found["ids"] == expected["ids"]
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-3)
+    assert run.stdout.count("no test split") == 1
