@@ -172,6 +172,11 @@ def _to_sample(path: Path, line: int, row: Row, used: set[str], to_conversation:
         used.add(name)
         native = to_native({**row, "id": name}, path.parent)
         return Sample(path, line, split, False, native, parse_row(native, ConvertedRow).to_conversation())
+    if to_conversation is None and "conversations" not in row:
+        try:
+            known_conversation(row)
+        except InputError as error:
+            raise InputError(f"{error}; --task reads rows of a task's own form") from None
     try:
         row = Row(resolve_images(row, path.parent), row.where)
     except InputError as error:
