@@ -1,0 +1,31 @@
+"""A run of one of TRL's trainers from the first evaluation to the last, and the figures that it leaves."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def train_and_evaluate(trainer: Any) -> None:
+    """Evaluates, trains, saves and evaluates again; a run that goes on from a checkpoint keeps its first evaluation.
+
+    Args:
+        trainer: one of TRL's trainers, whose configuration says where it writes and which checkpoint it goes on from.
+    """
+    resumed = trainer.args.resume_from_checkpoint
+    if not resumed:
+        _evaluate(trainer, "before")
+    trainer.train(resume_from_checkpoint=resumed)
+    trainer.save_model()
+    _evaluate(trainer, "after")
+    trainer.save_state()
+
+
+def _evaluate(trainer: Any, stage: str) -> None:
+    """Writes eval_<stage>.json: figures by TRL's names, over the rows held back."""
+    figures = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
+    if trainer.is_world_process_zero():
+        path = Path(trainer.args.output_dir) / f"eval_{stage}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in figures.items() if name.startswith("reward"))
+        print(f"{stage} training: {shown} -> {path}", flush=True)
