@@ -16,7 +16,7 @@ Written into --output_dir: the adapter and the processor, eval_before.json, eval
 figures of training), checkpoint-N/. `--help` lists all flags: TRL's own, and the recipe's for model, data and LoRA.
 """
 
-from finetuning.data.dataset import build_dataset
+from finetuning.data.dataset import StartEpoch, build_dataset
 from finetuning.data.questions import GroupProcessor, question_dataset
 from finetuning.errors import run_script
 from finetuning.results.reward import reward_of
@@ -36,15 +36,18 @@ def main():
     train_dataset = build_dataset(train_rows, task.to_conversation, processor, args, split="train")
     eval_dataset = build_dataset(eval_rows, task.to_conversation, processor, args, split="eval")
 
+    # Not shuffled by TRL, which would deal the rows in another order after a checkpoint.
+    seed, settings.shuffle_dataset = settings.seed if settings.shuffle_dataset else None, False
     model = load_trl_model(args, settings)
     trainer = import_trl().GRPOTrainer(
         model=model,
         reward_funcs=reward,
         args=settings,
-        train_dataset=question_dataset(train_dataset),
+        train_dataset=question_dataset(train_dataset, seed),
         eval_dataset=question_dataset(eval_dataset),
         processing_class=GroupProcessor(processor.image_processor, processor.tokenizer),
         peft_config=trl_lora_config(model.config, args),
+        callbacks=[StartEpoch()],
     )
     train_and_evaluate(trainer)
 

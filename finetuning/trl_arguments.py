@@ -110,7 +110,7 @@ def parse_trl_args(config: str, kind: type[Arguments], argv: list[str] | None = 
     """
     trl, argv = import_trl(), sys.argv[1:] if argv is None else argv
     # TRL still says `gradient_checkpointing`, which transformers remarks upon at every evaluation.
-    warnings.filterwarnings("ignore", "`gradient_checkpointing", FutureWarning)
+    warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing", FutureWarning)
     parser = trl.TrlParser((kind, getattr(trl, config)), allow_abbrev=False)
     on_cpu = runs_on_cpu("--use_cpu" in argv)
     # max_length and the columns are none of TRL's business here: rows are encoded, and their lengths checked, as in the recipes.
@@ -129,7 +129,8 @@ def parse_trl_args(config: str, kind: type[Arguments], argv: list[str] | None = 
     parser.error = error
     prepare_process(on_cpu, None, TIMEOUT, MAX_IMAGE_PIXELS)
     try:
-        args, settings = parser.parse_args_and_config(argv)
+        # GRPOConfig has no max_length: the default stands by itself then.
+        args, settings, *_ = parser.parse_args_and_config(argv)
     except (ValueError, TypeError, OSError) as error_found:
         raise InputError(" ".join(str(error_found).split())) from error_found
     args.seed, args.device = settings.seed, settings.device

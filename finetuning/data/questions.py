@@ -27,8 +27,12 @@ class GroupProcessor(Phi3VProcessor):
         return super().__call__(text, images, return_tensors=return_tensors, pad_crops=True, **kwargs)
 
 
-def question_dataset(dataset: ConversationDataset) -> LazyDataset:
+def question_dataset(dataset: ConversationDataset, seed: int | None = None) -> LazyDataset:
     """A row {prompt, images, id, question, references} for each turn; earlier turns stand in its prompt with their first answers.
+
+    Args:
+        dataset (ConversationDataset): checked rows.
+        seed (int, optional): see `LazyDataset`.
 
     Raises:
         InputError: if a question has image tags of its own.
@@ -57,7 +61,7 @@ def question_dataset(dataset: ConversationDataset) -> LazyDataset:
             "references": list(asked.answers),
         }
 
-    return LazyDataset(len(places), make_row)
+    return LazyDataset(len(places), make_row, seed)
 
 
 def _messages(conversation: Conversation) -> list[dict[str, Any]]:

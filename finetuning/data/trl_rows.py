@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 from datasets import Dataset
 
 
@@ -14,18 +15,26 @@ class LazyDataset(Dataset):
     Args:
         count (int): its length, in rows.
         make_row (Callable): number of a row, from 0 -> the row.
+        seed (int, optional): shuffles the rows, otherwise in each epoch; by default they stay in order. GRPO's own order of a
+            later epoch is lost where a run goes on from a checkpoint.
     """
 
-    def __init__(self, count: int, make_row: Callable[[int], dict[str, Any]]):
+    def __init__(self, count: int, make_row: Callable[[int], dict[str, Any]], seed: int | None = None):
         super().__init__(Dataset.from_dict({"number": list(range(count))}).data)
-        self.make_row = make_row
+        self.make_row, self.seed = make_row, seed
+        self.start_epoch(0)
+
+    def start_epoch(self, epoch: int) -> None:
+        """Puts the rows into the order of an epoch; `StartEpoch` calls it."""
+        numbers = np.arange(len(self))
+        self.order = numbers if self.seed is None else np.random.default_rng([self.seed, epoch]).permutation(numbers)
 
     def __getitem__(self, key):
-        """The row of a number."""
-        return self.make_row(key)
+        """The row at a place, from 0."""
+        return self.make_row(int(self.order[key]))
 
     def __getitems__(self, keys: list) -> list:
-        return [self.make_row(key) for key in keys]
+        return [self[key] for key in keys]
 
     def __iter__(self) -> Iterator:
-        return (self.make_row(number) for number in range(len(self)))
+        return (self[key] for key in range(len(self)))
