@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -94,6 +95,7 @@ def measure(folder: Path) -> dict:
     data = {"dpo": build_pairs((folder / "data").resolve(), folder / "pairs"), "grpo": folder / "data"}
     for name, (script, *flags) in RUNS.items():
         output = folder / name
+        shutil.rmtree(output, ignore_errors=True)
         paths = [
             "--model_name_or_path",
             str(folder / "half"),

@@ -13,6 +13,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from .arguments import check_model_name
 from .environment import MAX_IMAGE_PIXELS, prepare_process, runs_on_cpu
 from .errors import InputError
+from .training.saved import ADAPTER_CONFIG
 
 TIMEOUT = 1800  # of a collective operation, in seconds; TrainingArguments' default
 
@@ -136,12 +137,28 @@ def parse_trl_args(config: str, kind: type[Arguments], argv: list[str] | None = 
     args.seed, args.device = settings.seed, settings.device
     args.max_length = getattr(settings, "max_length", None)
     settings.resume_from_checkpoint = _checkpoint(settings.resume_from_checkpoint, settings.output_dir)
+    _check_groups(settings)
     return args, settings
+
+
+def _check_groups(settings: Any) -> None:
+    """Checks that all answers to a question are evaluated together (GRPO); TRL itself would find out at the first evaluation."""
+    group = getattr(settings, "num_generations_eval", None) or getattr(settings, "num_generations", 1)
+    if settings.per_device_eval_batch_size * settings.world_size % group:
+        raise InputError(
+            f"--per_device_eval_batch_size {settings.per_device_eval_batch_size} on {settings.world_size} process(es): expected a "
+            f"multiple of {group} answers, which each question gets (--num_generations)"
+        )
 
 
 def _checkpoint(given: str | None, output_dir: str) -> str | None:
     """Folder of the checkpoint to go on from; True stands for the newest in the output folder."""
     if given is None:
+        if any(Path(output_dir).glob("checkpoint-*")) or (Path(output_dir) / ADAPTER_CONFIG).exists():
+            raise InputError(
+                f"--output_dir {output_dir}: expected a folder without a run, found one; --resume_from_checkpoint True goes on with "
+                "it, or choose another"
+            )
         return None
     if given.lower() != "true":
         if not os.path.isdir(given):

@@ -4,23 +4,41 @@ import json
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainerCallback
+
+
+class EvaluateFirst(TrainerCallback):
+    """Evaluates when training begins, unless it goes on from a checkpoint.
+
+    Not before `train`: accelerate takes a model that was evaluated for one that is prepared, and would leave it without
+    DistributedDataParallel, so that every rank would train by itself.
+
+    Args:
+        trainer: one of TRL's trainers.
+    """
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if not state.global_step:
+            evaluate(self.trainer, "before")
+
 
 def train_and_evaluate(trainer: Any) -> None:
-    """Evaluates, trains, saves and evaluates again; a run that goes on from a checkpoint keeps its first evaluation.
+    """Evaluates, trains, saves and evaluates again.
 
     Args:
         trainer: one of TRL's trainers, whose configuration says where it writes and which checkpoint it goes on from.
     """
-    resumed = trainer.args.resume_from_checkpoint
-    if not resumed:
-        _evaluate(trainer, "before")
-    trainer.train(resume_from_checkpoint=resumed)
+    trainer.add_callback(EvaluateFirst(trainer))
+    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     trainer.save_model()
-    _evaluate(trainer, "after")
+    evaluate(trainer, "after")
     trainer.save_state()
 
 
-def _evaluate(trainer: Any, stage: str) -> None:
+def evaluate(trainer: Any, stage: str) -> None:
     """Writes eval_<stage>.json: figures by TRL's names, over the rows held back."""
     figures = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
     if trainer.is_world_process_zero():

@@ -79,6 +79,10 @@ def test_the_margin_rises_on_rows_held_back_and_a_resumed_run_ends_the_same(base
     assert trl_runs.history(resumed)[-4:] == trl_runs.history(output)[-4:]
     assert trl_runs.figures(resumed, "after")["rewards/margins"] == after["rewards/margins"]
     trl_runs.check_result(monkeypatch, capsys, base, output, tmp_path)
+    with pytest.raises(
+        InputError, match="expected a folder without a run, found one; --resume_from_checkpoint True goes on"
+    ):
+        trl_runs.run(monkeypatch, finetune_trl_dpo, base, data, output, *TRAIN)
 
 
 @torch.no_grad()

@@ -143,6 +143,10 @@ def test_two_processes_train(base, data, task, tmp_path):
     [
         (("--num_generations", "1"), "GRPO requires at least 2 generations per prompt"),
         (("--num_generations", "3"), "generation_batch_size (8) must be divisible by num_generations (3)."),
+        (
+            ("--num_generations_eval", "3"),
+            "--per_device_eval_batch_size 8 on 1 process(es): expected a multiple of 3 answers",
+        ),
         (("--task", "docqva"), "--task docqva: expected docvqa, "),
     ],
 )
