@@ -1,6 +1,6 @@
 """Preferences and rewards by TRL on the demo's handwritten numbers: does the margin, does the reward rise on pages held back?
 
-    .venvs/trl/bin/python -m benchmarks.trl            # the environment of `make test-trl`; ten minutes on two idle cores
+    .venvs/trl/bin/python -m benchmarks.trl            # the environment of `make test-trl`; five minutes on two idle cores
 
 Half-trains the demo's model by the DocVQA script (one pass), and goes on from there: by finetune_trl_dpo.py with pairs of the
 written number and another of its length, and by finetune_trl_grpo.py with ANLS as the reward. The curves go to
@@ -37,7 +37,7 @@ RUNS = {
     ],
     "grpo": [
         *("finetune_trl_grpo.py", *COMMON, "--learning_rate", "3e-3", "--per_device_train_batch_size", "128"),
-        *("--num_generations", "8", "--max_completion_length", "6", "--max_steps", "100", "--eval_size", "100"),
+        *("--num_generations", "8", "--max_completion_length", "6", "--max_steps", "60", "--eval_size", "100"),
     ],
 }
 FIGURES = {"dpo": ("rewards/margins", "rewards/accuracies"), "grpo": ("reward",)}

@@ -12,6 +12,7 @@ import recipe
 import tiny
 import torch
 import trl_runs
+from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
 import finetune_trl_dpo
 from finetuning.data.conversation import Conversation, Turn
@@ -110,6 +111,17 @@ def test_a_batch_of_rows_without_and_with_several_pictures_is_scored_as_each_by_
     for which in ("chosen", "rejected"):
         expected = sum(log_probability(model, processor, row, row[which]) for row in rows) / len(rows)
         assert trl_runs.figures(output, "before")[f"logps/{which}"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_trls_own_collator_would_begin_each_answer_with_a_bos(base):
+    processor = Phi3VProcessor.from_pretrained(base, num_crops=2)
+    texts = {"prompt": ("user", "Same?"), "chosen": ("assistant", "No."), "rejected": ("assistant", "Yes.")}
+    example = {name: [{"role": role, "content": text}] for name, (role, text) in texts.items()}
+    example["images"] = [tiny.picture(60, 20), tiny.picture(20, 20)]
+    batch = DataCollatorForVisionPreference(processor)([example])
+    assert len(batch["image_sizes"]) == 4  # several pictures it takes
+    for ids, mask in zip(batch["input_ids"], batch["completion_mask"], strict=True):
+        assert ids[mask == 1][0] == processor.tokenizer.bos_token_id
 
 
 def test_two_processes_train_as_one_does(base, data, tmp_path, monkeypatch):
