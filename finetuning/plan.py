@@ -165,7 +165,7 @@ def gpus_of(own: argparse.Namespace) -> tuple[int, float, str]:
 
 def model_config(name: str) -> Phi3VConfig:
     """The sizes of a model folder; of any other name the official ones."""
-    return Phi3VConfig.from_pretrained(name) if os.path.isdir(name) else Phi3VConfig()
+    return Phi3VConfig.from_pretrained(name, trust_remote_code=False) if os.path.isdir(name) else Phi3VConfig()
 
 
 def samples_of(own: argparse.Namespace, args: RecipeArguments) -> Samples:
