@@ -34,8 +34,9 @@ from phi3v import Phi3VConfig
 from .arguments import ZERO2, RecipeArguments, _Parser
 from .command_line import CommandParser
 from .errors import InputError
-from .training.fitting import RECOMPUTE, STRATEGIES, Planner, Setting, deepspeed_configs, setting_of, smaller
+from .training.fitting import RECOMPUTE, Planner, Setting, deepspeed_configs, setting_of, smaller
 from .training.memory import GIB, Memory, main_memory, usable_bytes
+from .training.parts import STRATEGIES
 from .training.speed import CARDS, step_seconds, usual_card
 
 
@@ -216,9 +217,10 @@ def plan_rows(planner: Planner, own_setting: Setting, usable: float) -> list[Row
     engines = [*deepspeed_configs()]
     if own_setting.deepspeed not in engines:
         engines.append(own_setting.deepspeed)
-    for strategy, engine, recompute, size in product(STRATEGIES, engines, RECOMPUTE[::-1], sizes):
+    strategies = dict.fromkeys([*STRATEGIES, own_setting.strategy])
+    for strategy, engine, recompute, size in product(strategies, engines, RECOMPUTE[::-1], sizes):
         # bitsandbytes' weights cannot be split over the GPUs.
-        if strategy == "qlora" and "zero3" in engine:
+        if "qlora" in strategy and "zero3" in engine:
             continue
         setting = Setting(strategy, engine, recompute, size)
         memory = planner.memory(setting)
@@ -254,11 +256,12 @@ def format_table(rows: list[Row], usable: float) -> str:
     sizes = sorted({row.setting.micro_batch for row in rows})
     columns = list(product(RECOMPUTE[::-1], sizes))
     head = "".join(f"  {'recompute ' + name:<{8 * len(sizes) - 2}}" for name in RECOMPUTE[::-1])
+    width = 1 + max(6, *(len(row.setting.strategy) for row in rows))
     lines = [
         f"peak GiB of each GPU; (n): over the {usable / GIB:.1f} that can be allocated",
-        f"{'micro-batch':<21}{head}",
+        f"{'micro-batch':<{width + 14}}{head}",
     ]
-    lines.append(f"{'':<21}" + "".join(f"{size:>8}" for _, size in columns))
+    lines.append(f"{'':<{width + 14}}" + "".join(f"{size:>8}" for _, size in columns))
     by = {
         (row.setting.strategy, row.setting.deepspeed, row.setting.recompute, row.setting.micro_batch): row
         for row in rows
@@ -269,7 +272,7 @@ def format_table(rows: list[Row], usable: float) -> str:
             row = by[strategy, engine, *column]
             figure = f"{row.memory.peak / GIB:.1f}"
             cells += f"{figure if row.fits else f'({figure})':>8}"
-        lines.append(f"{strategy:<7}{engine:<14}{cells}")
+        lines.append(f"{strategy:<{width}}{engine:<14}{cells}")
     return "\n".join(lines)
 
 
@@ -347,7 +350,7 @@ def make_plan(own: argparse.Namespace, args: RecipeArguments) -> Plan:
     fitting = [row for row in same if row.fits]
     mine = (fitting or same)[-1 if fitting else 0] if automatic else next(r for r in same if r.setting == setting)
     found = Plan(planner, samples, card, memory, usable, rows, mine, None)
-    chosen = args.use_lora or args.freeze_vision_model
+    chosen = setting.strategy != "full"
     return replace(found, best=recommend(rows, setting, chosen, found.seconds))
 
 

@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -29,7 +29,7 @@ from phi3v.modeling_phi3_v import SDPA_PACKED
 from ..arguments import RecipeArguments
 from .loading import set_trainable
 from .lora import nf4
-from .parts import keep_text_activations, model_part
+from .parts import keep_text_activations, model_part, part_below
 
 # Of each kind, in a fake step; the last one of CLIP is never run.
 TEXT_LAYERS, VISION_LAYERS = 4, 5
@@ -170,6 +170,10 @@ class FakeModel:
         vision_layers: int = VISION_LAYERS,
     ):
         self.config = config
+        if args.lora_kwargs:
+            # An initial value that is computed from weights has none here.
+            args = copy.copy(args)
+            args.lora_kwargs = {**cast(dict, args.lora_kwargs), "init_lora_weights": False}
         # Autocast, which accelerate leaves to DeepSpeed, keeps copies of the weights that it casts.
         self._autocast = args.deepspeed_config is None and args.compute_dtype != torch.float32
         self._eager = args.attention == "eager"
@@ -200,8 +204,7 @@ class FakeModel:
             "vision tower": self.config.vision_config.num_hidden_layers - few.vision_config.num_hidden_layers,  # type: ignore[union-attr]
         }
         for name, parameter in self.model.named_parameters():
-            part = model_part(name.replace("lora_", ""))
-            yield parameter, 1 + (missing[part] if ".layers.1." in name else 0)
+            yield parameter, 1 + (missing[part_below(name)] if ".layers.1." in name else 0)
 
     def step(self, batch: Batch, recompute: str) -> list[Segment]:
         """The course of the forward and backward pass of one micro-batch, with --recompute full, vision or none."""

@@ -31,6 +31,7 @@ from phi3v import Phi3VConfig
 
 from ..arguments import RecipeArguments
 from .fake_step import Batch, FakeModel, StepBytes, whole
+from .parts import choices_of
 
 GIB = 2**30
 STORED = Path(__file__).with_name("activations.json")
@@ -210,7 +211,7 @@ def sizes_of(config: Phi3VConfig) -> list[int]:
 
 def course_name(args: RecipeArguments) -> str:
     """The name in activations.json of a way to train. In 4 bits: as LoRA, because no whole weight is there at the peak."""
-    trained = "lora" if args.use_lora else "frozen" if args.freeze_vision_model else "full"
+    trained = choices_of(args).name.removeprefix("q")
     return f"{trained}, {'autocast' if args.deepspeed_config is None else 'DeepSpeed'}"
 
 
@@ -219,7 +220,7 @@ def stored(config: Phi3VConfig, args: RecipeArguments) -> dict[str, Any] | None:
     known = _read_stored()
     given = {"sizes": sizes_of(config), "lora_rank": args.lora_rank if args.use_lora else known.get("lora_rank")}
     unlike = args.lora_dropout or args.attention == "eager" or args.compute_dtype == torch.float32
-    if unlike or (args.use_lora and args.freeze_vision_model) or any(known.get(n) != v for n, v in given.items()):
+    if unlike or args.lora_kwargs or any(known.get(n) != v for n, v in given.items()):
         return None
     return known["courses"].get(course_name(args))
 
