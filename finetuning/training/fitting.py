@@ -70,7 +70,7 @@ class Planner:
     def arguments(self, setting: Setting) -> RecipeArguments:
         """The run's arguments with this setting."""
         args = copy.copy(self.args)
-        args.train_parts(*astuple(choices_named(setting.strategy)))
+        RecipeArguments.train_parts(args, *astuple(choices_named(setting.strategy)))
         # Of any other name: the run's own.
         args.deepspeed_config = deepspeed_configs().get(setting.deepspeed, self.args.deepspeed_config)
         args.recompute, args.per_device_train_batch_size = setting.recompute, setting.micro_batch

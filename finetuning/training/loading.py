@@ -106,13 +106,13 @@ def load_model(args: RecipeArguments) -> PreTrainedModel | PeftModel:
     # DeepSpeed splits the weights when training begins (ZeRO-3). Until then each rank holds all of them: it answers with them.
     unset_hf_deepspeed_config()
     try:
-        model = read_model(saved, args.compute_dtype, args.attention, args.use_qlora, args.device)
+        base = read_model(saved, args.compute_dtype, args.attention, args.use_qlora, args.device)
     finally:
         if args.deepspeed:
             set_hf_deepspeed_config(args.hf_deepspeed_config)
     if saved.adapter:
-        return read_adapter(model, saved)
-    model = set_trainable(model, args)
+        return read_adapter(base, saved)
+    model = set_trainable(base, args)
     if args.compile_options:
         for module in model.modules():
             if isinstance(module, GradientCheckpointingLayer):
