@@ -29,6 +29,9 @@ LEFT_OUT = {
     **dict.fromkeys(("loftq_config", "eva_config", "corda_config", "lora_ga_config"), "it wants data or steps of its own"),
     "runtime_config": "it is not saved",
     "layer_replication": "the merged model would have other layers than config.json says",
+    "lora_bias": "the language model's layers have no bias that it could be merged into",
+    "trainable_token_indices": "such tokens would be lost when the adapter is merged",
+    "use_qalora": "it is for weights quantised by GPTQ",
     "target_parameters": "all of this model's large weights are those of layers",
     "alora_invocation_tokens": "such an adapter cannot be merged",
     "arrow_config": "it routes between adapters that are trained already",
@@ -78,7 +81,8 @@ def read_lora_kwargs(given: str | dict[str, Any], set_by_flags: dict[str, Any], 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            LoraConfig(**set_by_flags, **found)
+            # target_modules, because a pattern, which it will be, does not go with all fields.
+            LoraConfig(target_modules=".*", **set_by_flags, **found)
     except (TypeError, ValueError, ImportError) as error:
         first = next((line for line in str(error).splitlines() if line.strip()), repr(error))
         raise InputError(f"{where} {json.dumps(found):.80}: expected fields that go together, found: {first}") from None

@@ -7,6 +7,7 @@ the first and the last. Gradients of weights count until they are finished: wher
 """
 
 import copy
+import re
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ TEXT_LAYERS, VISION_LAYERS = 4, 5
 WITHOUT_MASK = "sdpa_without_mask"
 AttentionInterface.register(WITHOUT_MASK, sdpa_attention_forward)
 AttentionMaskInterface.register(WITHOUT_MASK, lambda *_, **__: None)
+# Weights that QLoRA quantises, by their names under adapters.
+IN_4_BITS = re.compile(r"model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj\.(base_layer\.)?weight$")
 # Kernels whose time goes by their FLOPs, not by the bytes that they read and write; and a view that is not called one.
 FREE = ("::mm", "::addmm", "::bmm", "::baddbmm", "::convolution", "::_scaled_dot_product", "::_unsafe_view")
 
@@ -184,7 +187,9 @@ class FakeModel:
         dtype = torch.float32 if args.compute_dtype == torch.float32 else torch.bfloat16
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             self.model: Any = Phi3VForCausalLM._from_config(few, dtype=dtype)
-            if args.use_qlora:
+            # DoRA reads whole weights while it is made; in passing, as it does in 4 bits.
+            dora = bool(cast(dict, args.lora_kwargs or {}).get("use_dora"))
+            if args.use_qlora and not dora:
                 _quantise(self.model, dtype)
             self.model = set_trainable(self.model, args)
             if args.deepspeed_config is not None:
@@ -192,6 +197,12 @@ class FakeModel:
                 self.model.to(dtype)
         self.model.train()
         self.parameters = list(self._all_parameters(few))
+        # Ids of the weights that are in 4 bits in a run.
+        self.quantised = {
+            id(parameter)
+            for name, parameter in self.model.named_parameters()
+            if args.use_qlora and IN_4_BITS.search(name)
+        }
         self._mode, self.live = FakeTensorMode(), Live()
         with self._mode:
             _replace_by_fakes(self.model)

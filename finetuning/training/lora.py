@@ -94,7 +94,7 @@ def add_lora(model, args: RecipeArguments):
                 parameter.data = parameter.data.float()
     for layer in model.modules():
         if isinstance(layer, LoraLayer):
-            if not layer.lora_variant and not config.lora_bias:
+            if not layer.lora_variant:
                 layer.lora_variant = dict.fromkeys(layer.lora_A, OneProduct())
             # Autocast takes the weights to the input's dtype, which costs a hundredth of the opposite.
             layer.cast_input_dtype_enabled = False

@@ -90,7 +90,7 @@ def allocatable_bytes(free: float) -> float:
 def count_parameters(model: FakeModel) -> Parameters:
     """Of a model whose few layers stand for all."""
     trained = [(parameter, times) for parameter, times in model.parameters if parameter.requires_grad]
-    packed = sum(p.numel() * times for p, times in model.parameters if type(p).__name__ == "Params4bit")
+    packed = sum(p.numel() * times for p, times in model.parameters if id(p) in model.quantised)
     return Parameters(
         sum(parameter.numel() * times for parameter, times in model.parameters),
         packed,
@@ -220,7 +220,7 @@ def stored(config: Phi3VConfig, args: RecipeArguments) -> dict[str, Any] | None:
     known = _read_stored()
     given = {"sizes": sizes_of(config), "lora_rank": args.lora_rank if args.use_lora else known.get("lora_rank")}
     unlike = args.lora_dropout or args.attention == "eager" or args.compute_dtype == torch.float32
-    if unlike or args.lora_kwargs or any(known.get(n) != v for n, v in given.items()):
+    if unlike or (args.use_lora and args.lora_kwargs) or any(known.get(n) != v for n, v in given.items()):
         return None
     return known["courses"].get(course_name(args))
 

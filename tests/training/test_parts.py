@@ -79,6 +79,11 @@ def train(model, steps: int = 3, dtype: torch.dtype = torch.float32, rate: float
     return model.eval()
 
 
+def near(found: torch.Tensor, expected: torch.Tensor, share: float) -> bool:
+    """Whether the mean deviation (root of squares) is below that share of the spread."""
+    return bool((found - expected).float().square().mean().sqrt() < share * expected.float().std())
+
+
 @torch.no_grad()
 def logits(model) -> torch.Tensor:
     return model.eval()(**inputs()).logits
@@ -153,7 +158,8 @@ def test_contradictions_get_one_line(folder, flags, says):
         ('{"rank_pattern": {"o_proj": "x"}, "bias": "some"}', "bias: expected what LoraConfig takes, found 'some'"),
         ('{"init_lora_weights": "pissa_niter_4"}', 'expected one of true, false, "gaussian"'),
         ('{"init_lora_weights": 1}', "init_lora_weights: expected one of true"),
-        ('{"use_dora": true, "lora_bias": true}', "expected fields that go together, found:"),
+        ('{"layers_to_transform": [0]}', "expected fields that go together, found:"),
+        ('{"lora_bias": true}', "expected lora_bias to be left out: the language model's layers have no bias"),
     ],
 )
 def test_wrong_lora_kwargs_get_one_line(folder, given, says):
@@ -209,12 +215,13 @@ def test_exactly_the_parts_that_are_named_are_trained(folder, name):
 def test_updates_smaller_than_16_bits_can_hold_are_not_lost(tmp_path):
     half = recipe.model_folder(tmp_path / "half", torch.bfloat16)
     model = load_model(arguments(half, *COMBINATIONS["projector full, the others LoRA"], "--bf16"))
-    weight = model.get_base_model().model.vision_embed_tokens.img_projection[0].weight
+    weight = model.get_base_model().model.vision_embed_tokens.img_projection.modules_to_save.default[0].weight
     before = weight.detach().clone()
     train(model, steps=1, dtype=torch.bfloat16, rate=1e-4)
     assert weight.dtype == torch.float32
-    assert not torch.equal(weight, before)
-    assert torch.equal(weight.bfloat16(), before.bfloat16())
+    changed = [(found != before.to(found.dtype)).float().mean() for found in (weight, weight.bfloat16())]
+    assert changed[0] > 0.9
+    assert changed[1] < 0.1
     # beside them the frozen weights stay in 16 bits
     assert model.get_base_model().model.embed_tokens.weight.dtype == torch.bfloat16
 
@@ -242,7 +249,8 @@ def test_an_adapter_holds_the_trained_parts_for_peft_phi3v_and_the_merge(folder,
     saved.settings = settings
     ours = open_model(saved, dtype, args.use_qlora, torch.device("cpu"))
     with torch.autocast("cpu", dtype=dtype, enabled=bool(precision)):
-        assert torch.equal(logits(ours), logits(model))
+        # in 16 bits one product for PEFT's three rounds otherwise
+        assert near(logits(ours), logits(model), 0.05 if precision else 1e-5)
     for parameter, value in ours.named_parameters():
         if "modules_to_save" in parameter:
             assert torch.equal(value, dict(model.named_parameters())[parameter]), parameter
@@ -251,7 +259,7 @@ def test_an_adapter_holds_the_trained_parts_for_peft_phi3v_and_the_merge(folder,
     # plain PEFT rounds to the base's dtype what was trained in full
     theirs = PeftModel.from_pretrained(Phi3VForCausalLM.from_pretrained(base, dtype=dtype), tmp_path / "adapter")
     with torch.autocast("cpu", dtype=dtype, enabled=bool(precision)):
-        assert torch.allclose(logits(theirs), logits(model), atol=0.1 if precision else 1e-5)
+        assert near(logits(theirs), logits(model), 0.05 if precision else 1e-5)
     merged = merge.merge(find_saved(str(tmp_path / "adapter")), dtype)
     expected = Phi3VForCausalLM.from_pretrained(base).state_dict()
     assert merged.state_dict().keys() == expected.keys()
@@ -290,7 +298,6 @@ VARIANTS = {
     "MiCA": '{"init_lora_weights": "mica"}',
     "rank_pattern": '{"rank_pattern": {"o_proj": 2}, "alpha_pattern": {"o_proj": 8}}',
     "biases": '{"bias": "all"}',
-    "lora_bias": '{"lora_bias": true, "init_lora_weights": true}',
     "exclude_modules": '{"exclude_modules": ["lm_head"]}',
 }
 
@@ -425,14 +432,24 @@ def test_the_planner_counts_what_is_there(folder, name):
     assert all(found != setting for found in fitting.smaller(setting))
 
 
-@pytest.mark.parametrize("given", ['{"use_dora": true}', '{"init_lora_weights": "pissa"}'])
-def test_the_planner_measures_what_it_has_not_stored(folder, given):
-    plain = arguments(folder, "--use_lora", "--bf16")
-    args = arguments(folder, "--use_lora", "--bf16", "--lora_kwargs", given)
+@pytest.mark.parametrize(
+    ("flag", "given"),
+    [
+        ("--use_lora", '{"use_dora": true}'),
+        ("--use_qlora", '{"use_dora": true}'),
+        ("--use_lora", '{"init_lora_weights": "pissa"}'),
+    ],
+)
+def test_the_planner_measures_what_it_has_not_stored(folder, flag, given):
+    plain = arguments(folder, flag, "--bf16")
+    args = arguments(folder, flag, "--bf16", "--lora_kwargs", given)
     batch = fitting.Planner(tiny.config(), args, 1, 40, 2).batch(1)
     ours, theirs = (Activations(tiny.config(), found).of(batch, "none") for found in (args, plain))
     # DoRA makes each adapted weight whole once more
     assert ours.traffic > theirs.traffic if "dora" in given else ours == theirs
+    counts = [count_parameters(FakeModel(tiny.config(), found)).quantised for found in (args, plain)]
+    assert counts[0] == counts[1]
+    assert bool(counts[0]) == (flag == "--use_qlora")
 
 
 def test_planning_does_not_change_the_runs_arguments(folder):
