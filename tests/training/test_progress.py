@@ -15,9 +15,9 @@ from finetuning.data.conversation import Conversation, Turn
 from finetuning.data.dataset import ConversationDataset
 from finetuning.training import progress
 from finetuning.training.flops import step_flops
-from finetuning.training.parts import STRATEGIES
 from finetuning.training.identity import write_run
 from finetuning.training.loading import load_model
+from finetuning.training.parts import STRATEGIES
 from finetuning.training.progress import Progress, answers_bar, log_line
 from finetuning.training.trainer import RecipeTrainer
 
