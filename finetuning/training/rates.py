@@ -30,8 +30,9 @@ def describe_rates(args: RecipeArguments) -> str:
     if not has_rates(args):
         return ""
     parts = [f"{part} {rate_of(args, part):g}" for part in PARTS if getattr(args, part) != "frozen"]
-    plus = [f"{args.lora_plus_ratio:g} times as much for the LoRA matrices B"] * (args.lora_plus_ratio is not None)
-    return "; ".join([", ".join(parts), *plus])
+    if args.lora_plus_ratio is not None:
+        return f"{', '.join(parts)}; {args.lora_plus_ratio:g} times as much for the LoRA matrices B"
+    return ", ".join(parts)
 
 
 def lora_plus_optimizer(model, args: RecipeArguments) -> Optimizer:
