@@ -12,7 +12,7 @@ from phi3v import Phi3VProcessor
 
 from ..errors import InputError, describe_script_error
 from .conversation import Conversation, check_conversation, control_tokens
-from .encoding import check_length, count_tokens
+from .encoding import check_length, count_tokens, image_tokens
 from .fingerprint import Fingerprint, Fingerprints, fingerprint
 from .images import image_size, image_sizes, load_images
 from .length_cache import UNKNOWN, LengthCache, key_of
@@ -165,7 +165,7 @@ class Checker:
             if not counted(item.index):
                 continue
             try:
-                tokens.append(self._image_tokens(item.conversation))
+                tokens.append(image_tokens(item.conversation, self.processor, self._size))
                 missing.append(place)
             except InputError as error:
                 refuse(item.index, item.where, f"{item.where}: {error}")
@@ -178,10 +178,6 @@ class Checker:
             except InputError as error:
                 refuse(item.index, item.where, f"{item.where}: {error}")
         return lengths, keys, len(missing)
-
-    def _image_tokens(self, conversation: Conversation) -> list[int]:
-        count = self.processor.image_processor.calc_num_image_tokens_from_image_size
-        return [count(*size) for size in image_sizes(conversation, self._size)]
 
     def _size(self, source: Any) -> tuple[int, int]:
         return self._sizes(source) if isinstance(source, str) else image_size(source)

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from phi3v.processing_phi3_v import IMAGE_TAG, find_tags
 
 from ..errors import InputError
+from .clips import Frame
 from .shown import printable, shown
 
 
@@ -23,7 +24,8 @@ class Turn:
         user (str): the question, not blank. Pictures are shown before it, unless user texts of the conversation hold tags:
             `<|image_1|>` then stands where the first of all its pictures belongs, and every picture needs its tag.
         answers (list[str]): acceptable answers; training picks one in each epoch, evaluation may compare with all.
-        images (list): pictures of this turn: paths, PIL images, or the {"bytes", "path"} of a `datasets.Image` column.
+        images (list): pictures of this turn: paths, PIL images, or the {"bytes", "path"} of a `datasets.Image` column; and what
+            `clips.clip_frames` makes of a clip.
         choices (list[str]): for a closed question all possible answers; evaluation then records their probabilities.
     """
 
@@ -100,7 +102,7 @@ def check_picture(value: Any) -> Any:
         path = value.get("path")
     if path.strip() if isinstance(path, str) else isinstance(path, os.PathLike):
         return value
-    if isinstance(value, Image.Image):
+    if isinstance(value, Image.Image | Frame):
         return value
     raise ValueError(f"expected a picture (a path, a PIL image or an object with bytes or path), found {shown(value)}")
 
