@@ -313,6 +313,11 @@ class RecipeArguments(TrainingArguments):
         name = self.attn_implementation or "sdpa"
         return SDPA_PACKED if self.padding_free and name == "sdpa" else name
 
+    @property
+    def shares(self) -> dict[str, float] | None:
+        """Name of a source of rows -> share of them in an epoch; without any every row comes once; None for equal shares."""
+        return {}
+
     def _check_values(self):
         if not 1 <= self.num_crops <= 16:
             raise InputError(f"--num_crops {self.num_crops}: expected a whole number from 1 to 16")

@@ -36,11 +36,12 @@ class BadRow:
 
 @dataclass
 class Checked:
-    """What is found of some rows: number, length in tokens (`UNKNOWN`: not counted) and key of each good one, and the bad ones."""
+    """What is found of some rows: number, length in tokens (`UNKNOWN`: not counted), key and source of each good one, and the bad ones."""
 
     numbers: np.ndarray
     lengths: np.ndarray
     keys: np.ndarray
+    sources: list[str]
     fingerprints: Fingerprints
     bad: list[BadRow] = field(default_factory=list)
     fault: tuple[int, str] | None = None  # of the script's own code
@@ -123,6 +124,7 @@ class Checker:
             np.array([good[place].index for place in kept], np.int64),
             lengths[kept],
             keys[kept],
+            [good[place].conversation.source for place in kept],
             Fingerprints.of(good[place].known for place in kept),
             [bad[index] for index in sorted(bad)],
             fault,
@@ -189,6 +191,7 @@ def join(parts: Sequence[Checked]) -> Checked:
         np.concatenate([part.numbers for part in parts]),
         np.concatenate([part.lengths for part in parts]),
         np.concatenate([part.keys for part in parts]),
+        [source for part in parts for source in part.sources],
         Fingerprints(pa.concat_tables([part.fingerprints.table for part in parts])),
         [row for part in parts for row in part.bad],
         counted=sum(part.counted for part in parts),

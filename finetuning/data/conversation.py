@@ -43,10 +43,12 @@ class Conversation:
         id (str): the row's own, no other row of its split may have it: messages, predictions and the choice among several
             answers go by it. A row without one gets it in `load_splits`, such as its number.
         turns (list[Turn]): questions and answers in order, at least one.
+        source (str): where the row comes from, if there are several places: their losses and scores are told apart.
     """
 
     id: str
     turns: list[Turn]
+    source: str = ""
 
     @property
     def images(self) -> list:

@@ -57,7 +57,7 @@ def encode_conversation(
         epoch, seed (int): choose among several answers.
 
     Returns:
-        dict: id; input_ids and labels, list[int] of equal length; with images pixel_values, float32, (crops, 3, crop size,
+        dict: id and source; input_ids and labels, list[int] of equal length; with images pixel_values, float32, (crops, 3, crop size,
         crop size), and image_sizes, int64, (images, 2), in the order of the tags.
 
     Raises:
@@ -72,7 +72,8 @@ def encode_conversation(
         features = processor.image_processor(images, num_crops=crops)
     ids = training_ids(conversation, answers, processor, features.get("num_img_tokens", []))
     check_length(len(ids), max_length, where)
-    encoded = {"id": conversation.id, "input_ids": ids, "labels": label_answers(ids, processor)}
+    encoded = {"id": conversation.id, "source": conversation.source}
+    encoded |= {"input_ids": ids, "labels": label_answers(ids, processor)}
     if images:
         text = "\n".join(message["content"] for message in to_messages(conversation, answers))
         order = [number - 1 for number in find_tags(text, len(images))]

@@ -44,7 +44,15 @@ class Prompts(Dataset):
                 shown.append((turn.user, list(turn.choices)))
                 asked, choices = digest(shown).hex(), dict.fromkeys(turn.choices, 0.0)
                 self.questions.append(
-                    Prediction(conversation.id, number, turn.user, list(turn.answers), "", choices, asked)
+                    Prediction(
+                        conversation.id,
+                        number,
+                        turn.user,
+                        list(turn.answers),
+                        choices=choices,
+                        asked=asked,
+                        source=conversation.source,
+                    )
                 )
                 self.places.append((index, number))
                 shown.append(turn.answers[0])

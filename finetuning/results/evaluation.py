@@ -13,6 +13,7 @@ from ..arguments import RecipeArguments
 from ..data.dataset import ConversationDataset
 from ..errors import InputError, ScriptError, describe_script_error
 from .answering import Prompts, from_first_rank, generate_answers, moment
+from .by_source import score_sources
 from .predictions import STEP, Prediction, answering_model, kept_answers, with_answer
 
 
@@ -155,7 +156,7 @@ def _score(
             finite = False
         if not finite:
             raise InputError(f"score: {expected}, finite numbers, found {name!r:.50}: {value!r:.50}")
-    return {name: float(value) for name, value in figures.items()}
+    return {name: float(value) for name, value in figures.items()} | score_sources(score, predictions)
 
 
 def score_again(

@@ -73,6 +73,8 @@ def settings_of(args: RecipeArguments) -> dict[str, Any]:
     names = [field.name for field in fields(args) if field.init and field.name not in without_effect]
     settings = {name: _plain(getattr(args, name)) for name in names}
     settings["deepspeed"] = _plain(args.deepspeed_config)
+    if args.shares and any(share != 1 for share in args.shares.values()):
+        settings["shares of the sources"] = list(args.shares.values())
     name = args.model_name_or_path
     settings["model_name_or_path"] = os.path.realpath(name) if os.path.isdir(name) else name
     settings["weights of the model"] = identify_model(name)
