@@ -41,9 +41,6 @@ class DataArguments(Protocol):
     on_bad_row: str
     max_bad_rows: int | None
 
-    @property
-    def shares(self) -> dict[str, float] | None: ...
-
 
 class ConversationDataset(torch.utils.data.Dataset):
     """Checked rows of a task as features for training; `build_dataset` makes one.
@@ -183,7 +180,7 @@ def build_dataset(
 
 def _mixture(sources: Sequence[str], args: DataArguments) -> Mixture | None:
     """None where every row is trained once."""
-    shares = args.shares
+    shares = getattr(args, "shares", {})
     if shares is not None and all(share == 1 for share in shares.values()):
         return None
     return Mixture(sources, shares, args.seed)
