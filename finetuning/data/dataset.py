@@ -34,7 +34,7 @@ class DataArguments(Protocol):
     """The flags that `build_dataset` reads: do_train, max_length in tokens, eval_size in rows, and so on (see --help)."""
 
     do_train: bool
-    data_dir: str | None
+    data_dir: Any  # a folder, several of them, or None
     max_length: int | None
     seed: int
     eval_size: int | None
@@ -153,8 +153,9 @@ def build_dataset(
         rows = sample_rows(rows, args.eval_size)
     if split == "train" and args.do_train and not len(rows):
         raise InputError("load_splits: expected at least one row to train on, found none")
-    name = getattr(args, "data_dir", None) or os.path.basename(sys.argv[0])
-    cache = LengthCache(cache_file(processor, os.path.realpath(name), split))
+    given = getattr(args, "data_dir", None) or os.path.basename(sys.argv[0])
+    places = [os.path.realpath(place) for place in ([given] if isinstance(given, str) else given)]
+    cache = LengthCache(cache_file(processor, *places, split))
     found = _check_together(Checker(rows, to_conversation, processor, args, split, cache, ROWS_WITH_TEXT), args)
     _refuse_bad_rows(found.bad, len(rows), args, purpose)
     numbers = found.numbers

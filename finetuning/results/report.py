@@ -133,7 +133,7 @@ def _describe_attempt(args: RecipeArguments, train: ConversationDataset) -> dict
         "processes": args.world_size,
         "strategy": args.strategy,
         "model": args.model_name_or_path,
-        "data": args.data_dir or "",
+        "data": " ".join(args.data_paths),
         "train_rows": len(train),
         "epoch_size": train.epoch_size,
         "changed": {name: str(value) for name, value in args.changed.items()},

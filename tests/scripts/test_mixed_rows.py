@@ -26,7 +26,9 @@ STRATEGIES = {
 }
 ENGINES = {"DDP": "none", "ZeRO-2": "zero2", "ZeRO-3": "zero3"}
 # ZeRO-3 cannot split 4-bit weights.
-CASES = [(strategy, engine) for strategy in STRATEGIES for engine in ENGINES if (strategy, engine) != ("qlora", "ZeRO-3")]
+CASES = [
+    (strategy, engine) for strategy in STRATEGIES for engine in ENGINES if (strategy, engine) != ("qlora", "ZeRO-3")
+]
 QUICK = [("full", "ZeRO-3"), ("lora", "DDP")]
 
 
