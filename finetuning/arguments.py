@@ -38,7 +38,7 @@ ZERO2 = DS_CONFIGS / "zero2.json"
 GROUPS = {
     "model": ["model_name_or_path", "attn_implementation", "use_flash_attention", "bf16", "fp16"],
     "strategy": ["freeze_vision_model", "use_lora", "use_qlora", "lora_rank", "lora_alpha_ratio", "lora_dropout", "deepspeed"],
-    "data": ["data_dir", "dataset", "columns", "eval_share", "full_train", "num_crops", "max_image_pixels", "max_length", "padding_free", "check", "on_bad_row", "max_bad_rows"],
+    "data": ["data_dir", "dataset", "columns", "mixture", "num_frames", "eval_share", "full_train", "num_crops", "max_image_pixels", "max_length", "padding_free", "check", "on_bad_row", "max_bad_rows"],
     "optimisation": [
         "batch_size",
         "per_device_train_batch_size",

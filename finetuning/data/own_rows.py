@@ -33,18 +33,19 @@ class OwnRows(Sequence[Row]):
         name (str): stem of the file; a row without an id of its own is called NAME-LINE.
         folder (path): what paths of pictures are relative to.
         columns (Mapping[str, str]): field of a known form -> name of the column that holds it.
+        num_frames (int): frames of a clip.
 
     Raises:
         InputError: if a column of `columns` is not there, or one that is not read holds pictures.
     """
 
-    def __init__(self, file: Any, name: str, folder: str | os.PathLike, columns: Mapping[str, str]):
-        self._file, self._folder, self._columns = file, folder, columns
+    def __init__(self, file: Any, name: str, folder: str | os.PathLike, columns: Mapping[str, str], num_frames: int):
+        self._file, self._folder, self._columns, self._num_frames = file, folder, columns, num_frames
         self._name = name
         self._text_only = isinstance(file, CsvFile)
-        # Numbers of rows whose id another row has; `prefix` stands before the id of each.
+        # Numbers of rows whose id another row has; the name of the source, where there are several, stands before the id of each.
         self.renamed: set[int] = set()
-        self.prefix = ""
+        self.source = ""
         self._check_columns()
 
     def __len__(self) -> int:
@@ -61,14 +62,14 @@ class OwnRows(Sequence[Row]):
             row = {name: _listed(value, name, raw.where) for name, value in row.items()}
         if row.get("id") is None or index in self.renamed:
             row["id"] = f"{self._name}-{self._file.number(index)}"
-        if self.prefix and (name := row_id(row)):
-            row["id"] = self.prefix + name
-        return Row(row, raw.where)
+        if self.source and (name := row_id(row)):
+            row["id"] = f"{self.source}/{name}"
+        return Row(row, raw.where, self.source)
 
     def __getitem__(self, index: Any) -> Row:
         row = self.values(index)
         try:
-            return Row(locate_pictures(row, self._folder), row.where)
+            return Row(locate_pictures(row, self._folder, self._num_frames), row.where, row.source)
         except InputError as error:
             raise InputError(f"{row.where}: {sample_name(row)}{error}") from None
 
@@ -154,10 +155,10 @@ def split_of(path: Path, names: Sequence[str] = EVALUATION) -> str:
     return last if last in names else TRAIN
 
 
-def open_file(path: Path, columns: Mapping[str, str]) -> OwnRows:
+def open_file(path: Path, columns: Mapping[str, str], num_frames: int) -> OwnRows:
     """The rows of a file."""
     kind: Any = KINDS[path.suffix]
-    return OwnRows(kind(path), path.stem, path.parent, columns)
+    return OwnRows(kind(path), path.stem, path.parent, columns, num_frames)
 
 
 def is_known_form(row: Mapping[str, Any]) -> bool:
