@@ -104,7 +104,6 @@ class OwnDataArguments(RecipeArguments):
         help="what scores the answers, one or several, the first of which counts (default: by the answers' length)",
         metadata={"choices": ["anls", "exact_match", "rouge_l", "contains"]},
     )
-
     num_frames: int = flag(
         default=NUM_FRAMES, help="frames of a clip that are shown, evenly spread, each at 4 crops at most"
     )

@@ -3,17 +3,12 @@
 `--mixed-rows FILE` with `-m slow` writes the table of losses that docs/mixtures-and-clips.md shows.
 """
 
-import json
-import shutil
-from collections import Counter
 from pathlib import Path
 
 import pytest
 import recipe
-import torch
 from clips import make_clip
 from launch import ROOT, Run, several
-from safetensors.torch import load_file
 
 from benchmarks.record import provenance, write
 
