@@ -145,6 +145,10 @@ class OwnDataArguments(RecipeArguments):
         if not 1 <= self.num_frames <= MOST_FRAMES:
             raise InputError(f"--num_frames {self.num_frames}: expected a whole number from 1 to {MOST_FRAMES}")
         self.sources = [parse_source(text) for text in self.data_dir or []]
+        if self.mixture and len(self.sources) < 2:
+            raise InputError(
+                f"--mixture {self.mixture}: expected several --data_dir, found {'one' if self.sources else 'none'}"
+            )
         given = next((source for source in self.sources if source.share != 1), None)
         if self.mixture and given:
             raise InputError(

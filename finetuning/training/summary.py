@@ -96,7 +96,10 @@ def describe(model, args: RecipeArguments, dataset: ConversationDataset) -> str:
 def _describe_rows(dataset: ConversationDataset) -> list[str]:
     mixture = dataset.mixture
     if mixture is None:
-        return [f"rows             {len(dataset)}, each once an epoch"]
+        several = ", ".join(f"{rows:,} of {name}" for name, rows in dataset.sources.items())
+        return [
+            f"rows             {len(dataset)}, each once an epoch{f': {several}' if len(dataset.sources) > 1 else ''}"
+        ]
     lines = [f"rows             {len(dataset)}, of which an epoch takes {dataset.epoch_size} samples:"]
     for name, rows, samples in zip(mixture.names, mixture.rows, mixture.samples, strict=True):
         lines.append(f"                 {samples:,} of {name}, which has {rows:,} ({samples / rows:.4g} times each)")
