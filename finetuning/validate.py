@@ -36,7 +36,7 @@ from phi3v.image_processing_phi3_v import MAX_NUM_CROPS, hd_size, padded_size
 from phi3v.processing_phi3_v import find_tags
 
 from .command_line import CommandParser
-from .data.clips import most_crops
+from .data.clips import Frame, most_crops
 from .data.conversation import check_conversation, control_tokens, to_messages
 from .data.formats import (
     SPLITS,
@@ -206,13 +206,15 @@ def check_folder(
     return sorted(faults, key=lambda fault: (order.get(fault.file, -1), fault.line or 0)), remarks, splits
 
 
-def inspect_image(source: str | dict[str, Any], images: str, image_processor: Phi3VImageProcessor) -> ImageFigures:
+def inspect_image(
+    source: str | dict[str, Any] | Frame, images: str, image_processor: Phi3VImageProcessor
+) -> ImageFigures:
     """Size, crops and tokens of an image, or what is wrong with it; `images` as in `check_folder`."""
     try:
         size = len(source["bytes"]) if isinstance(source, dict) else None
         if isinstance(source, str | os.PathLike) and os.path.isfile(source):
             size = os.path.getsize(source)
-        if images == "paths" and size is not None:
+        if images == "paths" and (size is not None or (isinstance(source, Frame) and os.path.isfile(source.path))):
             return ImageFigures()
         width, height = load_image(source).size if images == "decode" else image_size(source)
     except InputError as error:

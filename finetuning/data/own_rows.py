@@ -22,6 +22,7 @@ TRAIN = "train"
 # The best first.
 EVALUATION = ("test", "val", "validation", "dev", "eval")
 PICTURE_NAME = re.compile(r".+\.(jpe?g|png|webp|bmp|gif|tiff?|ppm)", re.IGNORECASE)
+CLIP_NAME = re.compile(r".+\.(avi|mp4|mkv|webm|mov|m4v|mpe?g|wmv|flv|3gp|ogv)", re.IGNORECASE)
 READ = ("id", "question", "answer", "answers", "split")
 LOOKED_AT = 100  # first rows of a file, in which a column that --columns names must occur
 
@@ -108,15 +109,16 @@ def check_columns(rows: Sequence[Row], columns: Mapping[str, str]) -> None:
             raise InputError(
                 f"--columns {field}={column}: expected a column of that name, found {found} ({rows[0].where})"
             )
-    for row in rows:
-        if not is_question(row) or not {"image", "images"}.isdisjoint(row):
-            continue
-        column = next((name for name, value in row.items() if name not in READ and _is_picture(value)), None)
-        if column is not None:
-            raise InputError(
-                f"{row.where}: expected pictures in a column image or images, found them in {shown(column)}; --columns "
-                f"image={column} says so"
-            )
+    for row in filter(is_question, rows):
+        for kind, field, is_one in (("pictures", "image", _is_picture), ("clips", "video", _is_clip)):
+            if not {field, f"{field}s"}.isdisjoint(row):
+                continue
+            column = next((name for name, value in row.items() if name not in READ and is_one(value)), None)
+            if column is not None:
+                raise InputError(
+                    f"{row.where}: expected {kind} in a column {field} or {field}s, found them in {shown(column)}; --columns "
+                    f"{field}={column} says so"
+                )
 
 
 def _is_picture(value: Any) -> bool:
@@ -125,9 +127,13 @@ def _is_picture(value: Any) -> bool:
     return isinstance(value, str) and PICTURE_NAME.fullmatch(value) is not None
 
 
+def _is_clip(value: Any) -> bool:
+    return isinstance(value, str) and CLIP_NAME.fullmatch(value) is not None
+
+
 def _listed(value: Any, name: str, where: str) -> Any:
-    """What a csv file holds in the columns images and answers: a text, or several as a JSON list."""
-    if name not in ("images", "answers") or not isinstance(value, str) or not value.lstrip().startswith("["):
+    """What a csv file holds in the columns images, videos and answers: a text, or several as a JSON list."""
+    if name not in ("images", "videos", "answers") or not isinstance(value, str) or not value.lstrip().startswith("["):
         return value
     try:
         return json.loads(value)

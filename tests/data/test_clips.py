@@ -24,6 +24,7 @@ from finetuning.data.fingerprint import fingerprint
 from finetuning.data.frames import frame_indices, read_frames
 from finetuning.data.images import image_size, load_image
 from finetuning.data.known_forms import known_conversation, locate_pictures
+from finetuning.data.own_rows import open_file
 from finetuning.data.schemas import ConvertedRow, parse_row
 from finetuning.errors import InputError
 
@@ -331,3 +332,14 @@ def test_validate_reads_clips_and_converts_them_to_their_frames(tmp_path, capsys
     assert turn == {"images": [f"clip.mp4.{n}.jpg" for n in range(3)], "user": "What?", "assistant": "x"}
     shown = [number_in(Image.open(tmp_path / "out/images" / name)) for name in turn["images"]]
     assert shown == evenly(20, 3)
+
+
+def test_a_column_of_clips_that_is_called_otherwise_is_told(tmp_path):
+    (tmp_path / "a.csv").write_text("path,question,answer\nclips/a.mp4,What?,x\n")
+    with pytest.raises(
+        InputError,
+        match=r"a\.csv:2: expected clips in a column video or videos, found them in 'path'; --columns video=path",
+    ):
+        open_file(tmp_path / "a.csv", {}, 8)
+    [row] = open_file(tmp_path / "a.csv", {"video": "path"}, 3)
+    assert known_conversation(row).images == clip_frames(tmp_path / "clips/a.mp4", 3)
