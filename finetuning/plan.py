@@ -180,10 +180,10 @@ def samples_of(own: argparse.Namespace, args: RecipeArguments) -> Samples:
         name = "a Letter page" if (tokens, crops) == (2529, 17) else "as given"
         return Samples(own.rows, tokens, crops, 12, tokens, tokens**2, crops, name)
     # Here, because it takes a second.
-    from .task_script import load_script
+    from .task_script import OWN_DATA, load_script
     from .validate import check_folder, load_processor
 
-    script = load_script(own.task) if own.task else None
+    script = load_script(own.task) if own.task not in (None, OWN_DATA) else None
     processor, remarks = load_processor(args.model_name_or_path, args.num_crops)
     print(*(f"remark: {remark}" for remark in remarks), sep="\n", end="\n" * bool(remarks), file=sys.stderr)
     to_conversation = getattr(script, "to_conversation", None)
