@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 # Optional: torchvision has no CPU build, flash_attn no wheels, the others only serve some flags.
-OPTIONAL = {"torchvision", "flash_attn", "bitsandbytes", "liger_kernel"}
+OPTIONAL = {"torchvision", "flash_attn", "bitsandbytes", "liger_kernel", "trl"}
 
 
 def project_files() -> list[Path]:
@@ -100,7 +100,7 @@ def remote_code(source: str) -> list[int]:
     return [value.lineno for value in values if not (isinstance(value, ast.Constant) and value.value is False)]
 
 
-SCRIPTS = {path.stem for path in ROOT.glob("finetune_hf_trainer_*.py")}
+SCRIPTS = {path.stem for path in ROOT.glob("finetune_*.py")}
 
 
 @pytest.mark.parametrize("file", [str(path.relative_to(ROOT)) for path in project_files()])
