@@ -81,7 +81,8 @@ def iterate_rows(path: str | os.PathLike) -> Iterator[tuple[int, dict[str, Any] 
 
 def _parse_line(line: str) -> dict[str, Any] | InputError:
     try:
-        line.encode()
+        if not line.isascii():
+            line.encode()
     except UnicodeEncodeError as error:
         return InputError(f"expected UTF-8 text, found the byte {ord(line[error.start]) - 0xDC00:#x}")
     return _parse(line, None)[0]
