@@ -192,7 +192,7 @@ def _text_fault(text: Any, control: Sequence[str]) -> str | None:
 
 @lru_cache
 def _any_of(tokens: tuple[str, ...]) -> re.Pattern:
-    """Finds in one pass whether any of the tokens stands in a text: five times as fast as looking for one after another."""
+    """Finds in one pass whether any of the tokens stands in a text."""
     return re.compile("|".join(map(re.escape, tokens)) if tokens else r"(?!)")
 
 

@@ -152,6 +152,7 @@ def test_rows_of_a_data_set_that_decodes_no_images():
     ("found", "named"),
     [
         ((row for row in rows(2)), "generator; list(...) makes one"),
+        (datasets.Dataset.from_list([{"id": "x"}]).to_iterable_dataset(), "IterableDataset; load_dataset without streaming=True"),
         (map(dict, rows(2)), "map"),
         ({"train": rows(2)}, "dict"),
         ("rows.jsonl", "str"),
