@@ -428,36 +428,17 @@ class RecipeArguments(TrainingArguments):
 
     def _derive_deepspeed(self):
         """`deepspeed`, a path or a dict or None, and `deepspeed_config`, its content."""
-        self.deepspeed_config: dict[str, Any] | None = None
+        self.deepspeed_config: dict[str, Any] | None
         if self.fsdp:
             # Not tested: accelerate does without it on a CPU.
             raise InputError(
                 "--fsdp: expected it left out; --deepspeed zero3 splits weights, gradients and optimizer too"
             )
-        if self.deepspeed is None and not self.use_lora:
-            self.deepspeed = str(ZERO2)
-        named = {path.stem: str(path) for path in sorted(DS_CONFIGS.glob("*.json"))}
-        if isinstance(self.deepspeed, str):
-            self.deepspeed = named.get(self.deepspeed, self.deepspeed)
-        if isinstance(self.deepspeed, str) and self.deepspeed.lower() == "none":
-            self.deepspeed = None
-        if self.deepspeed is None:
+        given = self.deepspeed
+        self.deepspeed, self.deepspeed_config = read_deepspeed(given, self.use_lora, self.use_qlora)
+        config, what = self.deepspeed_config, given or self.deepspeed
+        if config is None:
             return
-        inline, what = str(self.deepspeed).lstrip().startswith("{"), self.deepspeed
-        if not inline and not os.path.isfile(self.deepspeed):
-            raise InputError(
-                f"--deepspeed {what}: expected {', '.join(named)}, a file, inline JSON or none, found no such file"
-            )
-        try:
-            text = self.deepspeed if inline else Path(self.deepspeed).read_text(encoding="utf-8")
-            config = text if isinstance(text, dict) else json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"--deepspeed {str(what):.80}: expected JSON, found: {error}") from None
-        if not isinstance(config, dict):
-            raise InputError(f"--deepspeed {str(what):.80}: expected a JSON object, found {type(config).__name__}")
-        self.deepspeed_config = config
-        if inline:
-            self.deepspeed = dict(config)
         derived = {
             "train_micro_batch_size_per_gpu": self.per_device_train_batch_size,
             "gradient_accumulation_steps": self.gradient_accumulation_steps,
@@ -468,11 +449,6 @@ class RecipeArguments(TrainingArguments):
                     f'--deepspeed {str(what):.80}: {name}: expected "auto" or {value}, which follows from --batch_size '
                     f"{self.batch_size} and --batch_size_per_gpu {self.per_device_train_batch_size}, found {config[name]!r:.40}"
                 )
-        zero = config.get("zero_optimization")
-        if self.use_qlora and isinstance(zero, dict) and zero.get("stage") == 3:
-            raise InputError(
-                f"--use_qlora with --deepspeed {str(what):.80}: expected ZeRO-2 or none, found ZeRO-3, which cannot split 4-bit weights"
-            )
         if self.use_cpu:
             use_gloo_in_deepspeed()
 
@@ -607,6 +583,43 @@ def _check_wandb() -> None:
         raise InputError(f"--report_to wandb: expected you to be logged in, found no API key; {cure}")
 
 
+def read_deepspeed(given: str | dict | None, use_lora: bool, use_qlora: bool) -> tuple[Any, dict[str, Any] | None]:
+    """What --deepspeed says: the path of a file or an inline config, and the config itself; None and None without DeepSpeed.
+
+    Args:
+        given (str | dict, optional): a name of ds_configs/, a path, JSON, or none; None: what the strategy usually takes.
+        use_lora (bool): whether adapters are trained, which usually go without DeepSpeed.
+        use_qlora (bool): whether over weights in 4 bits.
+
+    Raises:
+        InputError: where there is no such file, no JSON object in it, or one that cannot train so.
+    """
+    named = {path.stem: str(path) for path in sorted(DS_CONFIGS.glob("*.json"))}
+    what: Any = given if given is not None else "none" if use_lora else str(ZERO2)
+    if isinstance(what, str):
+        what = named.get(what, what)
+        if what.lower() == "none":
+            return None, None
+    inline = str(what).lstrip().startswith("{")
+    if not inline and not os.path.isfile(what):
+        raise InputError(
+            f"--deepspeed {what:.80}: expected {', '.join(named)}, a file, inline JSON or none, found no such file"
+        )
+    try:
+        text = what if inline else Path(what).read_text(encoding="utf-8")
+        config = text if isinstance(text, dict) else json.loads(text)
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"--deepspeed {str(what):.80}: expected JSON, found: {error}") from None
+    if not isinstance(config, dict):
+        raise InputError(f"--deepspeed {str(what):.80}: expected a JSON object, found {type(config).__name__}")
+    zero = config.get("zero_optimization")
+    if use_qlora and isinstance(zero, dict) and zero.get("stage") == 3:
+        raise InputError(
+            f"--use_qlora with --deepspeed {str(given):.80}: expected ZeRO-2 or none, found ZeRO-3, which cannot split 4-bit weights"
+        )
+    return dict(config) if inline else what, config
+
+
 def check_model_name(name: str, flag: str) -> None:
     """Checks that there is a folder of a model or an adapter, or that the name may be one on the hub.
 
@@ -662,7 +675,7 @@ def _first_line(error: Exception) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), repr(error))
 
 
-def _changed(namespace: argparse.Namespace) -> dict[str, Any]:
+def changed_flags(namespace: argparse.Namespace) -> dict[str, Any]:
     """Name of a flag -> its value, of those that differ from the recipes' defaults; the names are the published ones."""
     kinds: Any = RecipeArguments
     defaults, found = _Parser(kinds, allow_abbrev=False).parse_args([]), {}
@@ -702,7 +715,7 @@ def parse_args(argv: list[str] | None = None, **defaults) -> RecipeArguments:
         runs_on_cpu(namespace.use_cpu), namespace.ddp_backend, namespace.ddp_timeout, namespace.max_image_pixels
     )
     args = RecipeArguments(**vars(namespace))
-    args.changed = _changed(namespace)
+    args.changed = changed_flags(namespace)
     check_shared_memory(
         args.dataloader_num_workers,
         args.per_device_train_batch_size,

@@ -2,10 +2,10 @@
 
 import copy
 import json
+import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ FLAGS = {"full": "", "frozen": "--freeze_vision_model", "lora": "--use_lora", "q
 
 @dataclass(frozen=True)
 class Setting:
-    """What decides on the memory of a run: a strategy of `STRATEGIES`, none or a name of `deepspeed_configs`, and so on."""
+    """What decides on the memory of a run: a strategy of `STRATEGIES`, --deepspeed as `read_deepspeed` takes it, and so on."""
 
     strategy: str
     deepspeed: str
@@ -43,8 +43,7 @@ class Setting:
     def flags(self) -> str:
         """As a command has them, without those that are defaults."""
         usual = "none" if "lora" in self.strategy else ZERO2.stem
-        engine = "none" if self.deepspeed == "none" else f"ds_configs/{self.deepspeed}.json"
-        words = [FLAGS[self.strategy], f"--deepspeed {engine}" * (self.deepspeed != usual)]
+        words = [FLAGS[self.strategy], f"--deepspeed {shlex.quote(self.deepspeed)}" * (self.deepspeed != usual)]
         words += [f"--recompute {self.recompute}", f"--batch_size_per_gpu {self.micro_batch}" * (self.micro_batch > 1)]
         return " ".join(word for word in words if word)
 
@@ -110,7 +109,7 @@ def setting_of(args: RecipeArguments, recompute: str | None = None) -> Setting:
         strategy = "frozen"
     known = deepspeed_configs()
     same = [name for name, config in known.items() if config == args.deepspeed_config]
-    engine = same[0] if same else Path(str(args.deepspeed)).stem if isinstance(args.deepspeed, str) else "own"
+    engine = same[0] if same else args.deepspeed if isinstance(args.deepspeed, str) else json.dumps(args.deepspeed)
     return Setting(strategy, engine, recompute or args.recompute, args.per_device_train_batch_size)
 
 
