@@ -66,8 +66,8 @@ def peak_gb() -> float:
 
 def own_gb() -> float:
     """Memory of this process; pages that several share count in each for its part."""
-    [line] = [line for line in open("/proc/self/smaps_rollup", encoding="ascii") if line.startswith("Pss:")]
-    return int(line.split()[1]) * 1024 / 1e9
+    lines = Path("/proc/self/smaps_rollup").read_text(encoding="ascii").splitlines()
+    return sum(int(line.split()[1]) * 1024 / 1e9 for line in lines if line.startswith("Pss:"))
 
 
 def start(out: str) -> None:

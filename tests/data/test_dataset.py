@@ -152,7 +152,6 @@ def test_rows_of_a_data_set_that_decodes_no_images():
     ("found", "named"),
     [
         ((row for row in rows(2)), "generator; list(...) makes one"),
-        (datasets.Dataset.from_list([{"id": "x"}]).to_iterable_dataset(), "IterableDataset; load_dataset without streaming=True"),
         (map(dict, rows(2)), "map"),
         ({"train": rows(2)}, "dict"),
         ("rows.jsonl", "str"),
@@ -166,6 +165,12 @@ def test_rows_are_a_list_or_a_dataset(found, named):
     assert message.startswith("load_splits: expected a list or datasets.Dataset of rows to train on, found ")
     assert named in message
     assert "to answer" in refusal(found, split="eval")
+
+
+def test_a_streamed_data_set_is_refused_with_what_to_do_instead():
+    datasets = pytest.importorskip("datasets")
+    streamed = datasets.Dataset.from_list([dict(row) for row in rows(2)]).to_iterable_dataset()
+    assert refusal(streamed).endswith("found IterableDataset; load_dataset without streaming=True keeps the rows on the disk")
 
 
 def test_no_rows_to_train_on_are_refused_and_none_to_answer_are_taken():

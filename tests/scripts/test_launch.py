@@ -43,7 +43,9 @@ def test_lines_are_recorded_without_the_temporary_folder(tmp_path):
     }
     runs = {name: Run(tmp_path, 2, "", line) for name, line in lines.items()}
     launch.record_bad_inputs(tmp_path / "said.json", runs, folder)
-    said = {name: entry["line"] for name, entry in json.loads((tmp_path / "said.json").read_text())["bad_inputs"].items()}
+    said = {
+        name: entry["line"] for name, entry in json.loads((tmp_path / "said.json").read_text())["bad_inputs"].items()
+    }
     assert said["whole"] == "error: DIR/rows.jsonl:3: id: ..."
     assert said["cut short"] == "error: x: found a list ['DIR.../images/0.png'] and a text ('a/b...c')"
     assert said["another"] == lines["another"]
