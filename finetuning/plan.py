@@ -35,11 +35,12 @@ from phi3v import Phi3VConfig
 from .arguments import RecipeArguments, _Parser, changed_flags, read_deepspeed
 from .command_line import CommandParser
 from .errors import InputError
-from .training.fitting import RECOMPUTE, STRATEGIES, Planner, Setting, deepspeed_configs, setting_of, smaller
+from .training.fitting import RECOMPUTE, Planner, Setting, deepspeed_configs, setting_of, smaller
 from .training.memory import GIB, Memory, main_memory, usable_bytes
+from .training.parts import STRATEGIES
 from .training.speed import CARDS, step_seconds, usual_card
 
-STRATEGY_FLAGS = ("freeze_vision_model", "use_lora", "use_qlora")
+STRATEGY_FLAGS = ("freeze_vision_model", "use_lora", "use_qlora", "vision", "projector", "language")
 # Flags that a setting or the card decides on.
 DECIDED = {*STRATEGY_FLAGS, "deepspeed", "recompute", "batch_size_per_gpu", "hub_token"}
 DECIDED |= {"bf16", "fp16", "use_flash_attention", "attn_implementation"}
@@ -216,9 +217,10 @@ def plan_rows(planner: Planner, own_setting: Setting, usable: float) -> list[Row
     engines = [*deepspeed_configs()]
     if own_setting.deepspeed not in engines:
         engines.append(own_setting.deepspeed)
-    for strategy, engine, recompute, size in product(STRATEGIES, engines, RECOMPUTE[::-1], sizes):
+    strategies = dict.fromkeys([*STRATEGIES, own_setting.strategy])
+    for strategy, engine, recompute, size in product(strategies, engines, RECOMPUTE[::-1], sizes):
         # bitsandbytes' weights cannot be split over the GPUs.
-        if strategy == "qlora" and "zero3" in engine:
+        if "qlora" in strategy and "zero3" in engine:
             continue
         setting = Setting(strategy, engine, recompute, size)
         memory = planner.memory(setting)
@@ -255,11 +257,12 @@ def format_table(rows: list[Row], usable: float) -> str:
     sizes = sorted({row.setting.micro_batch for row in rows})
     columns = list(product(RECOMPUTE[::-1], sizes))
     head = "".join(f"  {'recompute ' + name:<{8 * len(sizes) - 2}}" for name in RECOMPUTE[::-1])
+    width = 1 + max(6, *(len(row.setting.strategy) for row in rows))
     lines = [
         f"peak GiB of each GPU; (n): over the {usable / GIB:.1f} that can be allocated",
-        f"{'micro-batch':<21}{head}",
+        f"{'micro-batch':<{width + 14}}{head}",
     ]
-    lines.append(f"{'':<21}" + "".join(f"{size:>8}" for _, size in columns))
+    lines.append(f"{'':<{width + 14}}" + "".join(f"{size:>8}" for _, size in columns))
     by = {
         (row.setting.strategy, row.setting.deepspeed, row.setting.recompute, row.setting.micro_batch): row
         for row in rows
@@ -271,7 +274,7 @@ def format_table(rows: list[Row], usable: float) -> str:
             figure = f"{row.memory.peak / GIB:.1f}"
             cells += f"{figure if row.fits else f'({figure})':>8}"
         name = engine if engine in deepspeed_configs() else "your own"
-        lines.append(f"{strategy:<7}{name:<14}{cells}")
+        lines.append(f"{strategy:<{width}}{name:<14}{cells}")
     return "\n".join(lines)
 
 
