@@ -235,14 +235,20 @@ def readers() -> str:
 def startup() -> str:
     """Seconds, of them of computing, and memory of a start before a model is loaded, before rows stayed in their files and since."""
     found = load("startup")
-    lines = ["| rows | when | seconds, of them computing | GB a process |", "|---|---|---|---|"]
+    lines = [
+        "| rows | when | seconds, of them computing | GB a process at most, its own at the end |",
+        "|---|---|---|---|",
+    ]
     for case in found["after"]["cases"]:
         for turn in ("first", "second"):
             for label, when in (("before", "formerly"), ("after", "now")):
                 figures = found[label]["cases"][case][turn]
                 computing = f", {figures['cpu_seconds']:.1f}" if "cpu_seconds" in figures else ""
+                own = f", {figures['own_gb']:.2f}" if "own_gb" in figures else ""
                 start = f"{turn} start, {when}"
-                lines.append(f"| {case} | {start} | {figures['seconds']:.1f}{computing} | {figures['peak_gb']:.2f} |")
+                lines.append(
+                    f"| {case} | {start} | {figures['seconds']:.1f}{computing} | {figures['peak_gb']:.2f}{own} |"
+                )
     return "\n".join((*lines, ""))
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -229,6 +230,16 @@ def test_a_download_by_the_hubs_own_command_is_enough(hub, args):
     huggingface_hub.snapshot_download(DOCVQA, repo_type="dataset")
     hub.fault = Fault("silent")
     assert load_hub(args, DOCVQA, split="test")["id"] == ["test_0", "test_1", "test_2"]
+
+
+def test_the_copy_is_enough_when_the_files_of_the_hub_are_removed(hub, home, args):
+    """Half of the disk that a data set takes is free again after the first start."""
+    before = list(load_hub(args, DOCVQA))
+    downloaded = [path for path in (home / "hub").rglob("*.parquet") if path.is_file()]
+    assert downloaded
+    shutil.rmtree(home / "hub")
+    hub.fault = Fault("silent")
+    assert list(load_hub(args, DOCVQA)) == before
 
 
 def test_half_a_download_by_the_hubs_own_command_is_not_taken_for_all(args):
