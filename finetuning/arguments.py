@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Protocol, get_type_hints
 
 import torch
 from transformers import HfArgumentParser, Trainer, TrainingArguments, get_scheduler
@@ -735,7 +735,15 @@ def read_deepspeed(given: str | dict | None, use_lora: bool, use_qlora: bool) ->
     return dict(config) if inline else what, config
 
 
-def set_by_flags(args: RecipeArguments) -> dict[str, Any]:
+class LoraFlags(Protocol):
+    """The flags of LoRA alone."""
+
+    lora_rank: int
+    lora_alpha_ratio: float
+    lora_dropout: float
+
+
+def set_by_flags(args: LoraFlags) -> dict[str, Any]:
     """Fields of PEFT's LoraConfig that have flags of their own."""
     alpha = float(args.lora_rank * args.lora_alpha_ratio)
     # Kept whole where it is: PEFT writes it into adapter_config.json.
