@@ -1,6 +1,5 @@
 """The model and the adapters that TRL's trainers get."""
 
-import re
 from typing import Any, Protocol
 
 import torch
@@ -9,23 +8,22 @@ from transformers import PreTrainedModel
 
 from phi3v import Phi3VConfig
 
+from ..arguments import LoraFlags, set_by_flags
 from .loading import read_model
-from .lora import LANGUAGE_TARGETS, VISION_TARGETS
+from .lora import target_modules
+from .parts import LORA_TARGETS
 from .saved import find_saved
 
 # TRL's losses multiply by the head's weight and never call the head: an adapter there would not be trained.
 HEAD = "lm_head"
 
 
-class AdapterArguments(Protocol):
+class AdapterArguments(LoraFlags, Protocol):
     """The flags that are read here (see --help)."""
 
     model_name_or_path: str
     local_process_index: int
     freeze_vision_model: bool
-    lora_rank: int
-    lora_alpha_ratio: float
-    lora_dropout: float
 
 
 def load_trl_model(args: AdapterArguments, settings: Any) -> PreTrainedModel:
@@ -47,17 +45,13 @@ def trl_lora_config(config: Phi3VConfig, args: AdapterArguments) -> LoraConfig:
     """The recipe's adapters but for that of the head; TRL adds them.
 
     Args:
-        config (Phi3VConfig): of the model; its last CLIP layer is never run and gets none.
+        config (Phi3VConfig): of the model.
         args (AdapterArguments): rank and the other flags of LoRA.
     """
-    last = config.vision_config.num_hidden_layers - 1  # type: ignore[union-attr]
-    targets = [name for name in LANGUAGE_TARGETS if name != HEAD] + ([] if args.freeze_vision_model else VISION_TARGETS)
-    alpha = float(args.lora_rank * args.lora_alpha_ratio)
+    parts = ["language"] if args.freeze_vision_model else list(LORA_TARGETS)
     return LoraConfig(
-        r=args.lora_rank,
-        lora_alpha=int(alpha) if alpha.is_integer() else alpha,  # type: ignore[arg-type]
-        lora_dropout=args.lora_dropout,
-        target_modules=rf"(?!.*\.vision_model\.encoder\.layers\.{last}\.)(.*\.)?({'|'.join(map(re.escape, targets))})",
+        **set_by_flags(args),
+        target_modules=target_modules(config, [name for part in parts for name in LORA_TARGETS[part] if name != HEAD]),
         init_lora_weights="gaussian",
         task_type="CAUSAL_LM",
     )
