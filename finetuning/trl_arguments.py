@@ -13,6 +13,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from .arguments import check_model_name
 from .environment import MAX_IMAGE_PIXELS, prepare_process, runs_on_cpu
 from .errors import InputError
+from .task_script import OWN_DATA
 from .training.saved import ADAPTER_CONFIG
 
 TIMEOUT = 1800  # of a collective operation, in seconds; TrainingArguments' default
@@ -83,6 +84,14 @@ class TaskArguments(TrlArguments):
     full_train: bool = field(
         default=False, metadata={"help": "the whole data set on the hub instead of its small split (DocVQA)"}
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.task == OWN_DATA:
+            raise InputError(
+                f"--task {OWN_DATA}: expected a task with a score of its own, found the one that takes any rows; copy a script "
+                "and give its path (docs/a-new-task.md)"
+            )
 
 
 def import_trl() -> Any:

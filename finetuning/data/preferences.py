@@ -3,6 +3,8 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from phi3v.modeling_phi3_v import IGNORE_INDEX
 
 from ..errors import InputError
@@ -79,7 +81,8 @@ class PreferenceCollator:
             where the recipes train: the answer, its `<|end|>` and the final `<|endoftext|>`.
         """
         features = [pair[name] for name in ("chosen", "rejected") for pair in pairs]
-        batch = DataCollatorForPhi3V(self.pad_token_id)(features)
-        del batch["ids"]
+        found = DataCollatorForPhi3V(self.pad_token_id)(features)
+        # Without the names of samples and sources, which no model takes.
+        batch = {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
         batch["completion_mask"] = (batch.pop("labels") != IGNORE_INDEX).long()
         return batch

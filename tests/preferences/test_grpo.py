@@ -147,6 +147,7 @@ def test_two_processes_train(base, data, task, tmp_path):
             ("--num_generations_eval", "3"),
             "--per_device_eval_batch_size 8 on 1 process(es): expected a multiple of 3 answers",
         ),
+        (("--task", "own_data"), "--task own_data: expected a task with a score of its own, found "),
         (("--task", "docqva"), "--task docqva: expected docvqa, "),
     ],
 )
