@@ -109,7 +109,9 @@ def load_model(args: RecipeArguments) -> PreTrainedModel | PeftModel:
     if args.compile_options:
         for module in model.modules():
             if isinstance(module, GradientCheckpointingLayer):
-                # In place, so that all names stay; one compilation serves all layers of a kind.
+                # In place, so that all names stay; one compilation serves all layers of a kind. dynamic: of all lengths, but that
+                # sizes which are equal in the first batch count as one. Where its length is the model's width, or a multiple
+                # that a layer has, the second batch compiles once more, and no later one.
                 module.compile(dynamic=True, **args.compile_options)
     return set_trainable(model, args)
 

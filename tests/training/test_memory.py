@@ -138,7 +138,7 @@ def planned(config: dict | None, parameters: Parameters, gpus: int = 1, optim: s
 
 
 def test_deepspeed_allocates_what_is_planned():
-    configs = [zero(2), zero(2, None), zero(2, overlap=False), zero(3)]
+    configs = [zero(1), zero(2), zero(2, None), zero(2, overlap=False), zero(3)]
     with socket.socket() as taken:
         taken.bind(("localhost", 0))
         port = str(taken.getsockname()[1])
