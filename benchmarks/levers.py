@@ -241,18 +241,23 @@ def main() -> None:
     kept = json.loads(args.result.read_text(encoding="utf-8")) if args.counts and args.result.exists() else {}
     times = {entry["lever"]: entry for entry in kept.get("levers", [])}
     result["given"] = kept.get("given", {"model": args.model, "dtype": "bfloat16", "steps": args.steps})
-    result["levers"] = []
+    entries = {}
+    for group in GROUPS:
+        for lever in (group.base, *group.levers):
+            entry = {"lever": lever.what, "base": group.base.what, "verdict": lever.verdict}
+            entries[lever.what] = {**times.get(lever.what, {}), **entry, **count(lever)}
+    result["levers"] = list(entries.values())
+    write(args.result, result)
+    if args.counts:
+        return
     with tempfile.TemporaryDirectory() as temporary:
         folder = build_folder(args.model, args.weights or Path(temporary), torch.float32)
         common = ["--model", args.model, "--device", "cpu", "--dtype", "bfloat16", "--image", "photo"]
         common += ["--num_crops", "6", "--steps", str(args.steps)]
         for group in GROUPS:
-            if not args.counts:
-                times |= measure_group(group, folder, *common)
-            for lever in (group.base, *group.levers):
-                entry = {"lever": lever.what, "base": group.base.what, "verdict": lever.verdict}
-                result["levers"].append({**times.get(lever.what, {}), **entry, **count(lever)})
-                write(args.result, result)
+            for what, figures in measure_group(group, folder, *common).items():
+                entries[what].update(figures)
+            write(args.result, result)
 
 
 if __name__ == "__main__":
