@@ -21,7 +21,8 @@ import torch
 from torch._dynamo.utils import counters
 
 from finetuning.environment import prepare_process
-from finetuning.training.lora import LANGUAGE_TARGETS, OneProduct
+from finetuning.training.lora import OneProduct
+from finetuning.training.parts import LORA_TARGETS
 from phi3v.modeling_phi3_v import SDPA_PACKED
 
 from .record import ROOT, provenance, write
@@ -180,7 +181,7 @@ def adapters(device: str) -> float:
     batch, found = prompts(LENGTHS[device], device, "right"), []
     for dtype, own in ((torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)):
         torch.manual_seed(0)
-        config = LoraConfig(r=8, target_modules=LANGUAGE_TARGETS, init_lora_weights=False)
+        config = LoraConfig(r=8, target_modules=LORA_TARGETS["language"], init_lora_weights=False)
         model: Any = get_peft_model(model_on(device, "sdpa", dtype), config).train()
         for layer in model.modules():
             if own and isinstance(layer, LoraLayer):

@@ -48,7 +48,7 @@ from transformers import Trainer
 from finetuning.data.collator import DataCollatorForPhi3V
 from finetuning.data.encoding import encode_conversation
 from finetuning.errors import RunError, run_script
-from finetuning.training import flops
+from finetuning.training import flops, parts
 from finetuning.training.callbacks import keep_text_activations
 from finetuning.training.flops import matmul_rate
 from finetuning.training.loading import load_model, load_processor
@@ -75,8 +75,8 @@ def step_flops(
     config: Phi3VConfig, lengths: list[int], crops: int, labels: int, strategy: str, rank: int = 64
 ) -> dict[str, int]:
     """`flops.step_flops` of samples of these lengths in tokens and of a strategy of `STRATEGIES`."""
-    squares, lora_rank = sum(length**2 for length in lengths), rank if strategy in ("lora", "qlora") else 0
-    return flops.step_flops(config, sum(lengths), squares, crops, labels, strategy == "frozen", lora_rank)
+    squares = sum(length**2 for length in lengths)
+    return flops.step_flops(config, sum(lengths), squares, crops, labels, parts.STRATEGIES[strategy], rank)
 
 
 class Clock:

@@ -35,11 +35,12 @@ from phi3v import Phi3VConfig
 from .arguments import RecipeArguments, _Parser, changed_flags, read_deepspeed
 from .command_line import CommandParser
 from .errors import InputError
-from .training.fitting import RECOMPUTE, STRATEGIES, Planner, Setting, deepspeed_configs, setting_of, smaller
+from .training.fitting import RECOMPUTE, Planner, Setting, deepspeed_configs, setting_of, smaller
 from .training.memory import GIB, Memory, main_memory, usable_bytes, zero_of
+from .training.parts import STRATEGIES
 from .training.speed import CARDS, step_seconds, usual_card
 
-STRATEGY_FLAGS = ("freeze_vision_model", "use_lora", "use_qlora")
+STRATEGY_FLAGS = ("freeze_vision_model", "use_lora", "use_qlora", "vision", "projector", "language")
 # Flags that a setting or the card decides on.
 DECIDED = {*STRATEGY_FLAGS, "deepspeed", "recompute", "batch_size_per_gpu", "hub_token"}
 DECIDED |= {"bf16", "fp16", "use_flash_attention", "attn_implementation"}
@@ -165,7 +166,7 @@ def gpus_of(own: argparse.Namespace) -> tuple[int, float, str]:
 
 def model_config(name: str) -> Phi3VConfig:
     """The sizes of a model folder; of any other name the official ones."""
-    return Phi3VConfig.from_pretrained(name) if os.path.isdir(name) else Phi3VConfig()
+    return Phi3VConfig.from_pretrained(name, trust_remote_code=False) if os.path.isdir(name) else Phi3VConfig()
 
 
 def samples_of(own: argparse.Namespace, args: RecipeArguments) -> Samples:
@@ -179,10 +180,10 @@ def samples_of(own: argparse.Namespace, args: RecipeArguments) -> Samples:
         name = "a Letter page" if (tokens, crops) == (2529, 17) else "as given"
         return Samples(own.rows, tokens, crops, 12, tokens, tokens**2, crops, name)
     # Here, because it takes a second.
-    from .task_script import load_script
+    from .task_script import OWN_DATA, load_script
     from .validate import check_folder, load_processor
 
-    script = load_script(own.task) if own.task else None
+    script = load_script(own.task) if own.task not in (None, OWN_DATA) else None
     processor, remarks = load_processor(args.model_name_or_path, args.num_crops)
     print(*(f"remark: {remark}" for remark in remarks), sep="\n", end="\n" * bool(remarks), file=sys.stderr)
     to_conversation = getattr(script, "to_conversation", None)
@@ -216,10 +217,11 @@ def plan_rows(planner: Planner, own_setting: Setting, usable: float) -> list[Row
     engines = [*deepspeed_configs()]
     if own_setting.deepspeed not in engines:
         engines.append(own_setting.deepspeed)
-    for strategy, engine, recompute, size in product(STRATEGIES, engines, RECOMPUTE[::-1], sizes):
+    strategies = dict.fromkeys([*STRATEGIES, own_setting.strategy])
+    for strategy, engine, recompute, size in product(strategies, engines, RECOMPUTE[::-1], sizes):
         setting = Setting(strategy, engine, recompute, size)
         # bitsandbytes' weights cannot be split over the GPUs.
-        if strategy == "qlora" and zero_of(planner.arguments(setting)).get("stage") == 3:
+        if "qlora" in strategy and zero_of(planner.arguments(setting)).get("stage") == 3:
             continue
         memory = planner.memory(setting)
         rows.append(Row(setting, memory, memory.peak <= usable))
@@ -255,11 +257,12 @@ def format_table(rows: list[Row], usable: float) -> str:
     sizes = sorted({row.setting.micro_batch for row in rows})
     columns = list(product(RECOMPUTE[::-1], sizes))
     head = "".join(f"  {'recompute ' + name:<{8 * len(sizes) - 2}}" for name in RECOMPUTE[::-1])
+    width = 1 + max(6, *(len(row.setting.strategy) for row in rows))
     lines = [
         f"peak GiB of each GPU; (n): over the {usable / GIB:.1f} that can be allocated",
-        f"{'micro-batch':<21}{head}",
+        f"{'micro-batch':<{width + 14}}{head}",
     ]
-    lines.append(f"{'':<21}" + "".join(f"{size:>8}" for _, size in columns))
+    lines.append(f"{'':<{width + 14}}" + "".join(f"{size:>8}" for _, size in columns))
     by = {
         (row.setting.strategy, row.setting.deepspeed, row.setting.recompute, row.setting.micro_batch): row
         for row in rows
@@ -271,7 +274,7 @@ def format_table(rows: list[Row], usable: float) -> str:
             figure = f"{row.memory.peak / GIB:.1f}"
             cells += f"{figure if row.fits else f'({figure})':>8}"
         name = engine if engine in deepspeed_configs() else "your own"
-        lines.append(f"{strategy:<7}{name:<14}{cells}")
+        lines.append(f"{strategy:<{width}}{name:<14}{cells}")
     return "\n".join(lines)
 
 

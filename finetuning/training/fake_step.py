@@ -7,11 +7,12 @@ the first and the last. Gradients of weights count until they are finished: wher
 """
 
 import copy
+import re
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -30,7 +31,7 @@ from phi3v.modeling_phi3_v import SDPA_PACKED
 from ..arguments import RecipeArguments
 from .loading import set_trainable
 from .lora import nf4
-from .parts import keep_text_activations, model_part
+from .parts import keep_text_activations, model_part, part_below
 
 # Of each kind, in a fake step; the last one of CLIP is never run.
 TEXT_LAYERS, VISION_LAYERS = 4, 5
@@ -38,6 +39,8 @@ TEXT_LAYERS, VISION_LAYERS = 4, 5
 WITHOUT_MASK = "sdpa_without_mask"
 AttentionInterface.register(WITHOUT_MASK, sdpa_attention_forward)
 AttentionMaskInterface.register(WITHOUT_MASK, lambda *_, **__: None)
+# Weights that QLoRA quantises, by their names under adapters.
+IN_4_BITS = re.compile(r"model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj\.(base_layer\.)?weight$")
 # Kernels whose time goes by their FLOPs, not by the bytes that they read and write; and a view that is not called one.
 FREE = ("::mm", "::addmm", "::bmm", "::baddbmm", "::convolution", "::_scaled_dot_product", "::_unsafe_view")
 
@@ -187,6 +190,10 @@ class FakeModel:
         vision_layers: int = VISION_LAYERS,
     ):
         self.config = config
+        if args.lora_kwargs:
+            # An initial value that is computed from weights has none here.
+            args = copy.copy(args)
+            args.lora_kwargs = {**cast(dict, args.lora_kwargs), "init_lora_weights": False}
         # Autocast, which accelerate leaves to DeepSpeed, keeps copies of the weights that it casts.
         self._autocast = args.deepspeed_config is None and args.compute_dtype != torch.float32
         self._eager = args.attention == "eager"
@@ -197,7 +204,9 @@ class FakeModel:
         dtype = torch.float32 if args.compute_dtype == torch.float32 else torch.bfloat16
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             self.model: Any = Phi3VForCausalLM._from_config(few, dtype=dtype)
-            if args.use_qlora:
+            # DoRA reads whole weights while it is made; in passing, as it does in 4 bits.
+            dora = bool(cast(dict, args.lora_kwargs or {}).get("use_dora"))
+            if args.use_qlora and not dora:
                 _quantise(self.model, dtype)
             self.model = set_trainable(self.model, args)
             if args.deepspeed_config is not None:
@@ -205,6 +214,12 @@ class FakeModel:
                 self.model.to(dtype)
         self.model.train()
         self.parameters = list(self._all_parameters(few))
+        # Ids of the weights that are in 4 bits in a run.
+        self.quantised = {
+            id(parameter)
+            for name, parameter in self.model.named_parameters()
+            if args.use_qlora and IN_4_BITS.search(name)
+        }
         self._mode, self.live = FakeTensorMode(), Live()
         with self._mode:
             _replace_by_fakes(self.model)
@@ -217,8 +232,7 @@ class FakeModel:
             "vision tower": self.config.vision_config.num_hidden_layers - few.vision_config.num_hidden_layers,  # type: ignore[union-attr]
         }
         for name, parameter in self.model.named_parameters():
-            part = model_part(name.replace("lora_", ""))
-            yield parameter, 1 + (missing[part] if ".layers.1." in name else 0)
+            yield parameter, 1 + (missing[part_below(name)] if ".layers.1." in name else 0)
 
     def step(self, batch: Batch, recompute: str) -> list[Segment]:
         """The course of the forward and backward pass of one micro-batch, with --recompute full, vision or none."""

@@ -32,6 +32,7 @@ from phi3v import Phi3VConfig
 
 from ..arguments import RecipeArguments
 from .fake_step import Batch, FakeModel, StepBytes, whole
+from .parts import choices_of
 
 GIB = 2**30
 STORED = Path(__file__).with_name("activations.json")
@@ -90,7 +91,7 @@ def allocatable_bytes(free: float) -> float:
 def count_parameters(model: FakeModel) -> Parameters:
     """Of a model whose few layers stand for all."""
     trained = [(parameter, times) for parameter, times in model.parameters if parameter.requires_grad]
-    packed = sum(p.numel() * times for p, times in model.parameters if type(p).__name__ == "Params4bit")
+    packed = sum(p.numel() * times for p, times in model.parameters if id(p) in model.quantised)
     return Parameters(
         sum(parameter.numel() * times for parameter, times in model.parameters),
         packed,
@@ -189,11 +190,15 @@ class Activations:
         self.model = FakeModel(config, args)
         self.parameters = count_parameters(self.model)
         self._stored = stored(config, args)
+        self._taken: dict[tuple[Batch, str], StepBytes] = {}
 
     def of(self, batch: Batch, recompute: str) -> StepBytes:
         """See `StepBytes`; --recompute full, vision or none."""
         if self._stored is None:
-            return whole(self.config, self.model.step(batch, recompute))
+            # About a second each in full size: once.
+            if (batch, recompute) not in self._taken:
+                self._taken[batch, recompute] = whole(self.config, self.model.step(batch, recompute))
+            return self._taken[batch, recompute]
         found = self._stored[recompute]
         return StepBytes(max(_value(line, batch) for line in found["peak"]), _value(found["traffic"], batch))
 
@@ -220,7 +225,7 @@ def sizes_of(config: Phi3VConfig) -> list[int]:
 
 def course_name(args: RecipeArguments) -> str:
     """The name in activations.json of a way to train. In 4 bits: as LoRA, because no whole weight is there at the peak."""
-    trained = "lora" if args.use_lora else "frozen" if args.freeze_vision_model else "full"
+    trained = choices_of(args).name.removeprefix("q")
     return f"{trained}, {'autocast' if args.deepspeed_config is None else 'DeepSpeed'}"
 
 
@@ -229,7 +234,7 @@ def stored(config: Phi3VConfig, args: RecipeArguments) -> dict[str, Any] | None:
     known = _read_stored()
     given = {"sizes": sizes_of(config), "lora_rank": args.lora_rank if args.use_lora else known.get("lora_rank")}
     unlike = args.lora_dropout or args.attention == "eager" or args.compute_dtype == torch.float32
-    if unlike or (args.use_lora and args.freeze_vision_model) or any(known.get(n) != v for n, v in given.items()):
+    if unlike or (args.use_lora and args.lora_kwargs) or any(known.get(n) != v for n, v in given.items()):
         return None
     return known["courses"].get(course_name(args))
 

@@ -6,6 +6,7 @@ from .fake_step import Batch
 from .fitting import Planner, Setting
 from .flops import step_flops
 from .memory import is_offloaded, zero_of
+from .parts import choices_named
 
 # Shares of the data sheet that long products and long copies are assumed to reach; no GPU has confirmed them.
 OF_FLOPS, OF_BANDWIDTH = 0.75, 0.8
@@ -70,11 +71,11 @@ def step_seconds(
 
 
 def _sample_seconds(planner: Planner, setting: Setting, card: Card, tokens, squares, crops) -> float:
-    rank = planner.args.lora_rank if "lora" in setting.strategy else 0
-    frozen = planner.arguments(setting).freeze_vision_model
+    rank, choices = planner.args.lora_rank, choices_named(setting.strategy)
+    frozen = choices.vision == "frozen"
     config, labels = planner.config, planner.labels
-    found = step_flops(config, int(tokens), int(squares), int(crops), labels, frozen, rank)
-    vision = step_flops(config, 0, 0, int(crops), 0, frozen, rank)["forward"]
+    found = step_flops(config, int(tokens), int(squares), int(crops), labels, choices, rank)
+    vision = step_flops(config, 0, 0, int(crops), 0, choices, rank)["forward"]
     again = {"none": 0, "vision": 0 if frozen else vision, "full": found["forward"] - (vision if frozen else 0)}
     flops = found["step"] + again[setting.recompute]
     batch = Batch(1, int(tokens), int(crops), labels)

@@ -9,7 +9,8 @@ import recipe
 
 from finetuning import plan
 from finetuning.arguments import parse_args
-from finetuning.training.fitting import STRATEGIES, Setting, deepspeed_configs, setting_of
+from finetuning.training.fitting import Setting, deepspeed_configs, setting_of
+from finetuning.training.parts import STRATEGIES
 from phi3v import Phi3VConfig
 
 own_process = pytest.fixture(autouse=True)(recipe.own_process)
