@@ -36,7 +36,7 @@ from .arguments import RecipeArguments, _Parser, changed_flags, read_deepspeed
 from .command_line import CommandParser
 from .errors import InputError
 from .training.fitting import RECOMPUTE, Planner, Setting, deepspeed_configs, setting_of, smaller
-from .training.memory import GIB, Memory, main_memory, usable_bytes
+from .training.memory import GIB, Memory, main_memory, usable_bytes, zero_of
 from .training.parts import STRATEGIES
 from .training.speed import CARDS, step_seconds, usual_card
 
@@ -219,10 +219,10 @@ def plan_rows(planner: Planner, own_setting: Setting, usable: float) -> list[Row
         engines.append(own_setting.deepspeed)
     strategies = dict.fromkeys([*STRATEGIES, own_setting.strategy])
     for strategy, engine, recompute, size in product(strategies, engines, RECOMPUTE[::-1], sizes):
-        # bitsandbytes' weights cannot be split over the GPUs.
-        if "qlora" in strategy and "zero3" in engine:
-            continue
         setting = Setting(strategy, engine, recompute, size)
+        # bitsandbytes' weights cannot be split over the GPUs.
+        if "qlora" in strategy and zero_of(planner.arguments(setting)).get("stage") == 3:
+            continue
         memory = planner.memory(setting)
         rows.append(Row(setting, memory, memory.peak <= usable))
     return rows
