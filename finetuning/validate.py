@@ -36,6 +36,7 @@ from phi3v.image_processing_phi3_v import MAX_NUM_CROPS, hd_size, padded_size
 from phi3v.processing_phi3_v import find_tags
 
 from .command_line import CommandParser
+from .data.clips import Frame, most_crops
 from .data.conversation import check_conversation, control_tokens, to_messages
 from .data.formats import (
     SPLITS,
@@ -53,7 +54,7 @@ from .data.lengths import conversation_lengths
 from .data.shown import printable
 from .environment import MAX_IMAGE_PIXELS, limit_pixels
 from .errors import InputError
-from .own_data_arguments import parse_columns
+from .own_data_arguments import MOST_FRAMES, NUM_FRAMES, parse_columns
 from .task_script import OWN_DATA, TASKS, load_script
 
 BATCH = 1000  # samples checked together: images by all cores, texts by one call of the tokenizer
@@ -130,6 +131,7 @@ def check_folder(
     to_conversation: Callable[[Any], Any] | None = None,
     only: Sequence[str] | None = None,
     columns: Mapping[str, str] | None = None,
+    num_frames: int = NUM_FRAMES,
 ) -> tuple[list[Fault], list[str], dict[str, SplitFigures]]:
     """Checks all files of a folder, or one file, a batch of samples at a time.
 
@@ -142,6 +144,7 @@ def check_folder(
         to_conversation (Callable, optional): a script's own, for rows of its task.
         only (Sequence[str], optional): names of the splits to check; by default all.
         columns (Mapping[str, str], optional): field of a known form -> name of the column that holds it.
+        num_frames (int): frames of a clip.
 
     Returns:
         tuple: faults in the order of files and lines, remarks, and the figures of each split over its good samples.
@@ -158,7 +161,11 @@ def check_folder(
     pictures: dict[str, ImageFigures] = {}
     uses: list[tuple] = []
     native = False
-    items = iter(tqdm(read_samples(files, to_conversation, only, columns), unit=" samples", leave=False, disable=None))
+    items = iter(
+        tqdm(
+            read_samples(files, to_conversation, only, columns, num_frames), unit=" samples", leave=False, disable=None
+        )
+    )
     with ThreadPool(len(os.sched_getaffinity(0))) as pool:
         while batch := list(islice(items, BATCH)):
             for fault in (item for item in batch if isinstance(item, Fault)):
@@ -199,20 +206,22 @@ def check_folder(
     return sorted(faults, key=lambda fault: (order.get(fault.file, -1), fault.line or 0)), remarks, splits
 
 
-def inspect_image(source: str | dict[str, Any], images: str, image_processor: Phi3VImageProcessor) -> ImageFigures:
+def inspect_image(
+    source: str | dict[str, Any] | Frame, images: str, image_processor: Phi3VImageProcessor
+) -> ImageFigures:
     """Size, crops and tokens of an image, or what is wrong with it; `images` as in `check_folder`."""
     try:
         size = len(source["bytes"]) if isinstance(source, dict) else None
         if isinstance(source, str | os.PathLike) and os.path.isfile(source):
             size = os.path.getsize(source)
-        if images == "paths" and size is not None:
+        if images == "paths" and (size is not None or (isinstance(source, Frame) and os.path.isfile(source.path))):
             return ImageFigures()
         width, height = load_image(source).size if images == "decode" else image_size(source)
     except InputError as error:
         return ImageFigures(fault=str(error))
-    crop = image_processor.crop_size
-    width_padded, height_padded = padded_size(*hd_size(width, height, image_processor.num_crops, crop), crop)
-    tokens = image_processor.calc_num_image_tokens_from_image_size(width, height)
+    crop, [most] = image_processor.crop_size, most_crops([source], image_processor.num_crops)
+    width_padded, height_padded = padded_size(*hd_size(width, height, most, crop), crop)
+    tokens = image_processor.calc_num_image_tokens_from_image_size(width, height, most)
     return ImageFigures(size, 1 + width_padded * height_padded // crop**2, tokens)
 
 
@@ -376,6 +385,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     crops = "most crops of an image, as in training (default: 16, or what the script of --task takes)"
     add("--num_crops", type=int, choices=range(1, MAX_NUM_CROPS + 1), metavar="N", help=crops)
     pixels = f"largest image that is opened, in pixels, as in training (default {MAX_IMAGE_PIXELS:,})"
+    frames = "frames of a clip, evenly spread (default: 8)"
+    add("--num_frames", type=int, choices=range(1, MOST_FRAMES + 1), default=NUM_FRAMES, metavar="N", help=frames)
     add("--max_image_pixels", type=int, default=MAX_IMAGE_PIXELS, help=pixels)
     add("--max_length", type=int, help="longest sample allowed, in tokens (default: what the model can take)")
     add("--model_name_or_path", default="microsoft/Phi-3.5-vision-instruct", help="model whose tokenizer counts")
@@ -409,13 +420,21 @@ def main(argv: list[str] | None = None) -> int:
         max_length = args.max_length or getattr(processor.tokenizer, "model_max_length", None)
         to_conversation = getattr(script, "to_conversation", None)
         faults, more, splits = check_folder(
-            args.data_dir, processor, args.images, max_length, args.all, to_conversation, args.splits, columns
+            args.data_dir,
+            processor,
+            args.images,
+            max_length,
+            args.all,
+            to_conversation,
+            args.splits,
+            columns,
+            args.num_frames,
         )
         remarks += more
         if args.images == "paths":
             remarks.append("--images paths: no image was opened; crops and image tokens are not counted")
         if args.convert and not faults:
-            convert(args.data_dir, args.convert, columns)
+            convert(args.data_dir, args.convert, columns, args.num_frames)
         if args.convert:
             remarks.append(
                 f"--convert {args.convert}: " + ("nothing written: expected no fault" if faults else "written")

@@ -12,6 +12,7 @@ import xxhash
 from PIL import Image
 
 from ..errors import InputError
+from .clips import Frame
 from .conversation import Conversation
 from .shown import printable
 
@@ -107,14 +108,19 @@ def identify_picture(source: Any, folder: str | Sequence[str] | None = None) -> 
         with suppress(OSError, SyntaxError, ValueError):
             return source.size, source.mode, xxhash.xxh3_64_hexdigest(source.tobytes())
         source = getattr(source, "filename", "")
+    frame: tuple = ()
+    if isinstance(source, Frame):
+        source, frame = source.path, (source.number, source.num_frames)
     path = source["path"] if isinstance(source, dict) else os.fspath(source)
     try:
         status = os.stat(path)
     except OSError as error:
-        raise InputError(f"{printable(path)}: expected an image file, found: {error.strerror}") from None
+        expected = "a video file" if frame else "an image file"
+        raise InputError(f"{printable(path)}: expected {expected}, found: {error.strerror}") from None
     folders = (folder,) if isinstance(folder, str) else tuple(folder or ())
     start = next((start for start in map(_beginning, folders) if path.startswith(start)), "")
-    return os.path.normpath(path[len(start) :]) if start else path, status.st_size, status.st_mtime_ns
+    name = os.path.normpath(path[len(start) :]) if start else path
+    return name, status.st_size, status.st_mtime_ns, *frame
 
 
 @lru_cache

@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from ..own_data_arguments import NUM_FRAMES
+from .clips import Frame, frame_jpeg
 from .conversation import Conversation, check_conversation
 from .jsonl import iterate_rows
-from .known_forms import is_question, known_conversation, locate_pictures
+from .known_forms import VIDEO_FIELDS, is_question, known_conversation, locate_pictures
 from .own_rows import LOOKED_AT, check_pictures, data_files, missing_columns, name_columns, open_file
 from .reading import check_split
 from .rows import Row, resolve_images
@@ -96,6 +98,7 @@ def read_samples(
     to_conversation: Callable[[Any], Any] | None = None,
     splits: Sequence[str] | None = None,
     columns: Mapping[str, str] | None = None,
+    num_frames: int = NUM_FRAMES,
 ) -> Iterator[Sample | Fault]:
     """Each row of the files as a sample, or what is wrong with its fields.
 
@@ -104,6 +107,7 @@ def read_samples(
         to_conversation (Callable, optional): a script's own, for rows of its task; without it rows are of a known form.
         splits (Sequence[str], optional): names of the splits to read; by default all.
         columns (Mapping[str, str], optional): see `OwnRows`.
+        num_frames (int): frames of a clip.
     """
     used: set[str] = set()
     for path in files:
@@ -113,13 +117,13 @@ def read_samples(
             continue
         line, found = None, "expected at least one row, found none"
         try:
-            for line, row in _numbered_rows(path, columns or {}, to_conversation is None):
+            for line, row in _numbered_rows(path, columns or {}, to_conversation is None, num_frames):
                 try:
                     if isinstance(row, InputError):
                         raise row
                     if splits is not None and in_rows and row.get("split") not in splits:
                         continue
-                    sample = _to_sample(path, line, row, used, to_conversation)
+                    sample = _to_sample(path, line, row, used, to_conversation, num_frames)
                     if splits is None or sample.split in splits:
                         yield sample
                 except InputError as error:
@@ -131,7 +135,9 @@ def read_samples(
             yield Fault(str(path), None, found)
 
 
-def _numbered_rows(path: Path, columns: Mapping[str, str], known: bool) -> Iterator[tuple[int, Row | InputError]]:
+def _numbered_rows(
+    path: Path, columns: Mapping[str, str], known: bool, num_frames: int
+) -> Iterator[tuple[int, Row | InputError]]:
     """Line, or in Parquet number, and row of each row of a file; in place of one that cannot be read its error."""
     if path.suffix in (".jsonl", ".json"):
         found = iterate_rows(path)
@@ -143,7 +149,7 @@ def _numbered_rows(path: Path, columns: Mapping[str, str], known: bool) -> Itera
         for line, row in chain(head, found):
             yield line, row if isinstance(row, InputError) else Row(name_columns(row, columns), f"{path}:{line}")
         return
-    rows = open_file(path, columns)
+    rows = open_file(path, columns, num_frames)
     _refuse(rows.missing)
     for index in range(len(rows)):
         line = rows.number(index)
@@ -159,7 +165,9 @@ def _refuse(missing: dict[str, str]) -> None:
         raise InputError(message)
 
 
-def _to_sample(path: Path, line: int, row: Row, used: set[str], to_conversation: Callable[[Any], Any] | None) -> Sample:
+def _to_sample(
+    path: Path, line: int, row: Row, used: set[str], to_conversation: Callable[[Any], Any] | None, num_frames: int
+) -> Sample:
     foreign = to_conversation is None and (chat_format(row) is not None or is_question(row))
     split = split_of(path)
     if foreign and "split" not in row:
@@ -170,7 +178,7 @@ def _to_sample(path: Path, line: int, row: Row, used: set[str], to_conversation:
         name = row_id(row) or f"{path.stem}-{line}"
         name = f"{name}-{line}" if name in used else name
         used.add(name)
-        native = to_native({**row, "id": name}, path.parent)
+        native = to_native({**row, "id": name}, path.parent, num_frames)
         return Sample(path, line, split, False, native, parse_row(native, ConvertedRow).to_conversation())
     if to_conversation is None and "conversations" not in row:
         try:
@@ -178,10 +186,12 @@ def _to_sample(path: Path, line: int, row: Row, used: set[str], to_conversation:
         except InputError as error:
             raise InputError(f"{error}; --task reads rows of a task's own form") from None
     try:
-        row = Row(resolve_images(row, path.parent), row.where)
+        known = to_conversation is None
+        located = locate_pictures(row, path.parent, num_frames) if known else resolve_images(row, path.parent)
+        row = Row(located, row.where)
     except InputError as error:
         raise InputError(f"{sample_name(row)}{error}") from None
-    if to_conversation is None:
+    if known:
         return Sample(path, line, split, True, row, known_conversation(row))
     conversation = to_conversation(row)
     # A script's own function may return anything, and the sample goes by its id.
@@ -201,7 +211,7 @@ def _split_name(row: Row) -> str:
     return split
 
 
-def to_native(row: dict[str, Any], folder: Path) -> dict[str, Any]:
+def to_native(row: dict[str, Any], folder: Path, num_frames: int = NUM_FRAMES) -> dict[str, Any]:
     """Native row, image paths made whole, of a row with an id of any of the known forms.
 
     An image's tag `<|image_N|>` stands where its `<image>`, or its part of a message, stood.
@@ -210,7 +220,7 @@ def to_native(row: dict[str, Any], folder: Path) -> dict[str, Any]:
         InputError: with the row's id and the field, if fields, roles, or images and `<image>` do not fit.
     """
     try:
-        row = locate_pictures(row, folder)
+        row = locate_pictures(row, folder, num_frames)
     except InputError as error:
         raise InputError(f"{sample_name(row)}{error}") from None
     turns = known_conversation(row).turns
@@ -227,8 +237,10 @@ def to_native(row: dict[str, Any], folder: Path) -> dict[str, Any]:
     }
 
 
-def convert(folder: Path, out: Path, columns: Mapping[str, str] | None = None) -> None:
+def convert(folder: Path, out: Path, columns: Mapping[str, str] | None = None, num_frames: int = NUM_FRAMES) -> None:
     """Writes the native form of a clean folder, whole or not at all: OUT/converted_SPLIT.jsonl and OUT/images/.
+
+    Of a clip its frames are written.
 
     Raises:
         InputError: if OUT exists or cannot be written.
@@ -239,13 +251,15 @@ def convert(folder: Path, out: Path, columns: Mapping[str, str] | None = None) -
     try:
         (part / "images").mkdir(parents=True)
         with ExitStack() as stack:
-            for sample in read_samples(find_files(folder), columns=columns):
+            for sample in read_samples(find_files(folder), columns=columns, num_frames=num_frames):
                 if isinstance(sample, Fault):
                     raise InputError(f"{sample}; the folder has changed since it was checked")
-                for turn in sample.row["conversations"]:
+                for turn, asked in zip(sample.row["conversations"], sample.conversation.turns, strict=True):
+                    for field in VIDEO_FIELDS:
+                        turn.pop(field, None)
                     turn["images"] = [
                         _place(source, folder if folder.is_dir() else folder.parent, part / "images", names)
-                        for source in turn.get("images", [])
+                        for source in asked.images
                     ]
                 # Paths that no longer hold, and what is now in the file's name.
                 row = {
@@ -263,19 +277,23 @@ def convert(folder: Path, out: Path, columns: Mapping[str, str] | None = None) -
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _place(source: str | dict[str, Any], folder: Path, images: Path, names: dict[str, str]) -> str:
+def _place(source: str | dict[str, Any] | Frame, folder: Path, images: Path, names: dict[str, str]) -> str:
     """Links, copies or writes an image into `images` once, and returns its path there; `names` remembers it."""
     name = image_name(source)
     if name not in names:
         path = Path(name)
-        if isinstance(source, str):
+        if isinstance(source, Frame):
+            path = Path(
+                f"{os.path.relpath(os.path.realpath(source.path), os.path.realpath(folder))}.{source.number}.jpg"
+            )
+        elif isinstance(source, str):
             path = Path(os.path.relpath(os.path.realpath(name), os.path.realpath(folder)))
         path = path.relative_to("images") if path.parts[0] == "images" else path
         if (images / path).exists():  # there is images/a.jpg and a.jpg
             path = path.with_stem(f"{path.stem}-{hashlib.sha256(name.encode()).hexdigest()[:8]}")
         (images / path).parent.mkdir(parents=True, exist_ok=True)
-        if isinstance(source, dict):
-            (images / path).write_bytes(source["bytes"])
+        if isinstance(source, dict | Frame):
+            (images / path).write_bytes(source["bytes"] if isinstance(source, dict) else frame_jpeg(source))
         else:
             try:
                 os.link(os.path.realpath(name), images / path)

@@ -22,6 +22,7 @@ TRAIN = "train"
 # The best first.
 EVALUATION = ("test", "val", "validation", "dev", "eval")
 PICTURE_NAME = re.compile(r".+\.(jpe?g|png|webp|bmp|gif|tiff?|ppm)", re.IGNORECASE)
+CLIP_NAME = re.compile(r".+\.(avi|mp4|mkv|webm|mov|m4v|mpe?g|wmv|flv|3gp|ogv)", re.IGNORECASE)
 READ = ("id", "question", "answer", "answers", "split")
 LOOKED_AT = 100  # first rows of a file, in which a column that --columns names must occur
 
@@ -34,18 +35,19 @@ class OwnRows(Sequence[Row]):
         name (str): stem of the file; a row without an id of its own is called NAME-LINE.
         folder (path): what paths of pictures are relative to.
         columns (Mapping[str, str]): field of a known form -> name of the column that holds it.
+        num_frames (int): frames of a clip.
 
     Raises:
         InputError: if a column that is not read holds pictures.
     """
 
-    def __init__(self, file: Any, name: str, folder: str | os.PathLike, columns: Mapping[str, str]):
-        self._file, self._folder, self._columns = file, folder, columns
+    def __init__(self, file: Any, name: str, folder: str | os.PathLike, columns: Mapping[str, str], num_frames: int):
+        self._file, self._folder, self._columns, self._num_frames = file, folder, columns, num_frames
         self._name = name
         self._text_only = isinstance(file, CsvFile)
-        # Numbers of rows whose id another row has; `prefix` stands before the id of each.
+        # Numbers of rows whose id another row has; the name of the source, where there are several, stands before the id of each.
         self.renamed: set[int] = set()
-        self.prefix = ""
+        self.source = ""
         self._check()
 
     def __len__(self) -> int:
@@ -65,14 +67,14 @@ class OwnRows(Sequence[Row]):
             row = {name: _listed(value, name, raw.where) for name, value in row.items()}
         if row.get("id") is None or index in self.renamed:
             row["id"] = f"{self._name}-{self.number(index)}"
-        if self.prefix and (name := row_id(row)):
-            row["id"] = self.prefix + name
-        return Row(row, raw.where)
+        if self.source and (name := row_id(row)):
+            row["id"] = f"{self.source}/{name}"
+        return Row(row, raw.where, self.source)
 
     def __getitem__(self, index: Any) -> Any:
         row = self.values(index)
         try:
-            return Row(locate_pictures(row, self._folder), row.where)
+            return Row(locate_pictures(row, self._folder, self._num_frames), row.where, row.source)
         except InputError as error:
             raise InputError(f"{row.where}: {sample_name(row)}{error}") from None
 
@@ -114,16 +116,19 @@ def check_pictures(rows: Sequence[Row], columns: Mapping[str, str]) -> None:
     Raises:
         InputError: with the row's place; training would go on with the texts alone.
     """
-    for found_row in rows:
-        row = name_columns(found_row, columns)
-        if not is_question(row) or not {"image", "images"}.isdisjoint(row):
+    for raw in rows:
+        row = name_columns(raw, columns)
+        if not is_question(row):
             continue
-        column = next((name for name, value in row.items() if name not in READ and _is_picture(value)), None)
-        if column is not None:
-            raise InputError(
-                f"{found_row.where}: expected pictures in a column image or images, found them in {shown(column)}; --columns "
-                f"image={column} says so"
-            )
+        for kind, field, is_one in (("pictures", "image", _is_picture), ("clips", "video", _is_clip)):
+            if not {field, f"{field}s"}.isdisjoint(row):
+                continue
+            column = next((name for name, value in row.items() if name not in READ and is_one(value)), None)
+            if column is not None:
+                raise InputError(
+                    f"{raw.where}: expected {kind} in a column {field} or {field}s, found them in {shown(column)}; --columns "
+                    f"{field}={column} says so"
+                )
 
 
 def _is_picture(value: Any) -> bool:
@@ -132,9 +137,13 @@ def _is_picture(value: Any) -> bool:
     return isinstance(value, str) and PICTURE_NAME.fullmatch(value) is not None
 
 
+def _is_clip(value: Any) -> bool:
+    return isinstance(value, str) and CLIP_NAME.fullmatch(value) is not None
+
+
 def _listed(value: Any, name: str, where: str) -> Any:
-    """What a csv file holds in the columns images and answers: a text, or several as a JSON list."""
-    if name not in ("images", "answers") or not isinstance(value, str) or not value.lstrip().startswith("["):
+    """What a csv file holds in the columns images, videos and answers: a text, or several as a JSON list."""
+    if name not in ("images", "videos", "answers") or not isinstance(value, str) or not value.lstrip().startswith("["):
         return value
     try:
         return json.loads(value)
@@ -181,7 +190,7 @@ def split_of(path: Path, names: Sequence[str] = EVALUATION) -> str:
     return last if last in names else TRAIN
 
 
-def open_file(path: Path, columns: Mapping[str, str]) -> OwnRows:
+def open_file(path: Path, columns: Mapping[str, str], num_frames: int) -> OwnRows:
     """The rows of a file."""
     kind: Any = KINDS[path.suffix]
-    return OwnRows(kind(path), path.stem, path.parent, columns)
+    return OwnRows(kind(path), path.stem, path.parent, columns, num_frames)

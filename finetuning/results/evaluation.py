@@ -14,6 +14,7 @@ from ..data.dataset import ConversationDataset
 from ..data.fingerprint import digest
 from ..errors import InputError, ScriptError, describe_script_error
 from .answering import Prompts, from_first_rank, generate_answers, moment
+from .by_source import score_sources
 from .likelihood import measure_loss
 from .predictions import STEP, Prediction, answering_model, kept_answers, with_answer
 
@@ -184,7 +185,7 @@ def _score(
             finite = False
         if not finite:
             raise InputError(f"score: {expected}, finite numbers, found {name!r:.50}: {value!r:.50}")
-    return {name: float(value) for name, value in figures.items()}
+    return {name: float(value) for name, value in figures.items()} | score_sources(score, predictions)
 
 
 def score_again(

@@ -113,7 +113,7 @@ def test_plural_columns_of_a_csv_file_hold_json_lists(tmp_path):
     (tmp_path / "x.csv").write_text(
         'images,question,answers\n"[""a.png"", ""a.png""]",q,"[""1"", ""one""]"\na.png,q,[1\n'
     )
-    rows = open_file(tmp_path / "x.csv", {})
+    rows = open_file(tmp_path / "x.csv", {}, 8)
     [turn] = known_conversation(rows[0]).turns
     assert turn.images == [str(tmp_path / "a.png")] * 2
     assert turn.answers == ["1", "one"]
