@@ -147,8 +147,11 @@ def build_dataset(
     """
     purpose = {"train": "to train on", "eval": "to answer"}[split]
     if not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__") or isinstance(rows, (str, dict)):
+        # What `load_dataset(streaming=True)` gives: too large for a list, or it would not be streamed.
+        streamed = type(rows).__name__ == "IterableDataset"
+        cure = "load_dataset without streaming=True keeps the rows on the disk" if streamed else "list(...) makes one"
         raise InputError(
-            f"load_splits: expected a list or datasets.Dataset of rows {purpose}, found {type(rows).__name__}; list(...) makes one"
+            f"load_splits: expected a list or datasets.Dataset of rows {purpose}, found {type(rows).__name__}; {cure}"
         )
     if split == "eval":
         rows = sample_rows(rows, args.eval_size)

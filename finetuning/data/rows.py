@@ -130,21 +130,16 @@ def _inside(folder: str, path: Any, field: str) -> Any:
 
 def _real_file(path: str) -> str:
     """`os.path.realpath`, for many files of a few folders."""
-    folder, name = os.path.split(path)
     try:
         if stat.S_ISLNK(os.lstat(path).st_mode):
             return os.path.realpath(path)
     except OSError:  # not there: another check says so
         pass
-    return os.path.join(_real_folder(folder), name)
-
-
-@lru_cache
-def _real_beginning(folder: str) -> str:
-    """How the real paths of the files in a folder begin."""
-    return os.path.join(os.path.realpath(folder), "")
+    folder, slash, name = path.rpartition("/")
+    return _real_beginning(folder + slash) + name
 
 
 @lru_cache(maxsize=10_000)
-def _real_folder(folder: str) -> str:
-    return os.path.realpath(folder)
+def _real_beginning(folder: str) -> str:
+    """How the real paths of the files in a folder begin."""
+    return os.path.join(os.path.realpath(folder), "")

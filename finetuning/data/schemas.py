@@ -12,7 +12,7 @@ A script declares its rows above `to_conversation` and parses them there:
         row = parse_row(row, Question, ConvertedRow)
 """
 
-from collections.abc import Mapping
+from collections.abc import KeysView, Mapping
 from functools import cache
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -284,14 +284,15 @@ def _field_path(location: tuple[str | int, ...], row: Any) -> list[str | int]:
 
 
 @cache
-def _required_fields(model: type[RowModel]) -> tuple[str, ...]:
-    return tuple(name for name, field in model.model_fields.items() if field.is_required() and name != "id")
+def _required_fields(model: type[RowModel]) -> KeysView[str]:
+    """Names of the fields that a row needs, in the model's order; rows without an id are told apart by the others."""
+    return {name: None for name, field in model.model_fields.items() if field.is_required() and name != "id"}.keys()
 
 
 def _closest_model(row: Mapping[str, Any], models: tuple[type[Model], ...]) -> type[Model] | None:
     """The first model whose required fields are all there, or else the one of which most are; None without any."""
     for model in models:
-        if all(name in row for name in _required_fields(model)):
+        if row.keys() >= _required_fields(model):
             return model
     present = [sum(name in row for name in _required_fields(model)) for model in models]
     return models[present.index(max(present))] if any(present) else None

@@ -114,7 +114,8 @@ def write_run(folder: Path, record: dict[str, Any], rows: Mapping[str, Sequence[
             for split, known in rows.items()
         ]
         table = pa.concat_tables(tables)
-        pq.write_table(table, folder / f"{ROWS}.part", compression="zstd")
+        # In groups: what is being written of one is held in memory a second time.
+        pq.write_table(table, folder / f"{ROWS}.part", compression="zstd", row_group_size=100_000)
         (folder / f"{ROWS}.part").replace(folder / ROWS)
     aside = folder / f"{RUN}.part"
     aside.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
