@@ -12,6 +12,7 @@ from .files import check_regular_file
 from .shown import printable
 
 BLOCK = 2**22  # bytes read at once while lines are counted
+AHEAD = 2**16  # bytes read at once while one line after another is asked for
 NEWLINE, RETURN, BRACE = b"\n"[0], b"\r"[0], b"{"[0]
 
 
@@ -31,6 +32,8 @@ class Lines(Sequence[tuple[int, str]]):
     def __init__(self, path: str | os.PathLike):
         self.path = os.fspath(path)
         self._file: io.FileIO | None = self._open()
+        # The line that was asked for last, and what was read for it: where that begins, and its bytes.
+        self._last, self._block = -1, (0, b"")
         self._state = _state_of(self._file)
         starts, first = _find_starts(self._file)
         # Where each line begins, and the end of the file.
@@ -53,9 +56,19 @@ class Lines(Sequence[tuple[int, str]]):
 
     def __getstate__(self) -> dict[str, Any]:
         # A process that does not share this one's open files opens the file itself.
-        return {**vars(self), "_file": None}
+        return {**vars(self), "_file": None, "_last": -1, "_block": (0, b"")}
 
     def _text(self, line: int) -> str:
+        start, end = int(self._bounds[line]), int(self._bounds[line + 1])
+        begin, block = self._block
+        if not begin <= start <= end <= begin + len(block):
+            # Rows are checked in their order, trained in another one.
+            ahead = AHEAD if line == self._last + 1 else 0
+            begin, block = self._block = start, self._bytes(line, start, max(end - start, ahead))
+        self._last = line
+        return block[start - begin : end - begin].decode("utf-8", "surrogateescape")
+
+    def _bytes(self, line: int, start: int, count: int) -> bytes:
         if self._file is None:
             self._file = self._open()
         if _state_of(self._file) != self._state:
@@ -63,8 +76,7 @@ class Lines(Sequence[tuple[int, str]]):
                 f"{printable(self.path)}:{line + 1}: expected the file as it was at the start, found it changed; the same command "
                 "goes on with the file as it was"
             )
-        start, end = int(self._bounds[line]), int(self._bounds[line + 1])
-        return os.pread(self._file.fileno(), end - start, start).decode("utf-8", "surrogateescape")
+        return os.pread(self._file.fileno(), count, start)
 
     def _open(self) -> io.FileIO:
         check_regular_file(self.path, "a file with rows")
