@@ -36,7 +36,7 @@ from .arguments import RecipeArguments, _Parser, changed_flags, read_deepspeed
 from .command_line import CommandParser
 from .errors import InputError
 from .training.fitting import RECOMPUTE, Planner, Setting, deepspeed_configs, setting_of, smaller
-from .training.memory import GIB, Memory, main_memory, usable_bytes
+from .training.memory import GIB, Memory, main_memory, usable_bytes, zero_of
 from .training.parts import STRATEGIES
 from .training.speed import CARDS, step_seconds, usual_card
 
@@ -180,10 +180,10 @@ def samples_of(own: argparse.Namespace, args: RecipeArguments) -> Samples:
         name = "a Letter page" if (tokens, crops) == (2529, 17) else "as given"
         return Samples(own.rows, tokens, crops, 12, tokens, tokens**2, crops, name)
     # Here, because it takes a second.
-    from .task_script import load_script
+    from .task_script import OWN_DATA, load_script
     from .validate import check_folder, load_processor
 
-    script = load_script(own.task) if own.task else None
+    script = load_script(own.task) if own.task not in (None, OWN_DATA) else None
     processor, remarks = load_processor(args.model_name_or_path, args.num_crops)
     print(*(f"remark: {remark}" for remark in remarks), sep="\n", end="\n" * bool(remarks), file=sys.stderr)
     to_conversation = getattr(script, "to_conversation", None)
@@ -219,10 +219,10 @@ def plan_rows(planner: Planner, own_setting: Setting, usable: float) -> list[Row
         engines.append(own_setting.deepspeed)
     strategies = dict.fromkeys([*STRATEGIES, own_setting.strategy])
     for strategy, engine, recompute, size in product(strategies, engines, RECOMPUTE[::-1], sizes):
-        # bitsandbytes' weights cannot be split over the GPUs.
-        if "qlora" in strategy and "zero3" in engine:
-            continue
         setting = Setting(strategy, engine, recompute, size)
+        # bitsandbytes' weights cannot be split over the GPUs.
+        if "qlora" in strategy and zero_of(planner.arguments(setting)).get("stage") == 3:
+            continue
         memory = planner.memory(setting)
         rows.append(Row(setting, memory, memory.peak <= usable))
     return rows

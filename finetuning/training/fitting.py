@@ -4,7 +4,7 @@ import copy
 import json
 import shlex
 from collections.abc import Iterable
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -162,7 +162,9 @@ def settle_memory(model, args: RecipeArguments, dataset: ConversationDataset) ->
             args.activation_checkpointing = args.recompute != "none"
         setting = setting_of(args)
         peak = planner.memory(setting).peak
-        advised = "" if peak <= free else f"; it may not fit: {advice(planner, setting, free)}"
+        advised = (
+            larger(planner, setting, free) if peak <= free else f"; it may not fit: {advice(planner, setting, free)}"
+        )
     except Exception as error:  # a plan is advice: no run ends for it
         args.recompute = "full" if automatic else args.recompute
         return f"not planned ({error!r:.200}); recomputed: {args.recompute}"
@@ -181,6 +183,19 @@ def least_recomputation(planner: Planner, setting: Setting, free: float) -> str:
         if planner.memory(found).peak <= free:
             return recompute
     return "full"
+
+
+def larger(planner: Planner, setting: Setting, free: float) -> str:
+    """What to say of the largest micro-batch that fits as well, a power of two of this one that leaves no place empty."""
+    found, share = setting, planner.args.batch_size // planner.gpus
+    while (size := 2 * found.micro_batch) <= share and planner.args.batch_size % (size * planner.gpus) == 0:
+        next_one = replace(found, micro_batch=size)
+        if planner.memory(next_one).peak > free:
+            break
+        found = next_one
+    if found == setting:
+        return ""
+    return f"; --batch_size_per_gpu {found.micro_batch} fits too ({planner.memory(found).peak / GIB:.1f} GiB) and may be faster"
 
 
 def advice(planner: Planner, setting: Setting, free: float) -> str:

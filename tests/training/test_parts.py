@@ -330,6 +330,17 @@ def test_variants_are_computed_saved_loaded_and_merged_as_peft_does(folder, tmp_
     assert torch.allclose(logits(merged), expected, atol=2e-4)
 
 
+def test_dora_in_bfloat16_says_what_it_says_in_float32(tmp_path):
+    half = recipe.model_folder(tmp_path / "half", torch.bfloat16)
+    flags = ["--use_lora", "--lora_kwargs", VARIANTS["DoRA"]]
+    train(load_model(arguments(half, *flags))).save_pretrained(tmp_path / "adapter")
+    saved = find_saved(str(tmp_path / "adapter"))
+    exact, rounded = (open_model(saved, kind, False, torch.device("cpu")) for kind in (torch.float32, torch.bfloat16))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = logits(rounded)
+    assert near(found, logits(exact), 0.05)
+
+
 @pytest.mark.parametrize("name", ["DoRA", "rsLoRA", "rank_pattern"])
 def test_variants_over_4_bits(folder, tmp_path, name):
     args = arguments(folder, "--use_qlora", "--lora_kwargs", VARIANTS[name])
