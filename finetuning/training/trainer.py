@@ -176,7 +176,8 @@ class RecipeTrainer(Trainer):
         if "loss" in logs:
             logs["loss"] = self._pending.pop_mean(self.state)
             logs |= self._progress.pop_figures(self.args, self.state)
-            logs |= rates_of(self.optimizer)
+            if "learning_rate" in logs:
+                logs |= rates_of(self.optimizer, logs["learning_rate"])
         super().log(logs, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
