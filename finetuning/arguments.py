@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Protocol, get_type_hints
 
 import torch
 from transformers import HfArgumentParser, Trainer, TrainingArguments, get_scheduler
@@ -38,14 +38,14 @@ ZERO2 = DS_CONFIGS / "zero2.json"
 RATES = ("vision_learning_rate", "projector_learning_rate", "lora_plus_ratio")
 PARTS, CHOICES = ("vision", "projector", "language"), ("frozen", "full", "lora")
 
-# --help lists the flags in these groups; what is not named here is a flag of TrainingArguments that passes through.
+# --help lists the flags in these groups, as far as the script has them; what is not named here is a flag of TrainingArguments that passes through.
 GROUPS = {
     "model": ["model_name_or_path", "attn_implementation", "use_flash_attention", "bf16", "fp16"],
     "strategy": [
         *("freeze_vision_model", "use_lora", "use_qlora", "vision", "projector", "language"),
         *("lora_rank", "lora_alpha_ratio", "lora_dropout", "lora_kwargs", "lora_plus_ratio", "deepspeed"),
     ],
-    "data": ["data_dir", "full_train", "num_crops", "max_image_pixels", "max_length", "padding_free", "check", "on_bad_row", "max_bad_rows"],
+    "data": ["data_dir", "dataset", "columns", "mixture", "num_frames", "eval_share", "full_train", "num_crops", "max_image_pixels", "max_length", "padding_free", "check", "on_bad_row", "max_bad_rows"],
     "optimisation": [
         "batch_size",
         "per_device_train_batch_size",
@@ -62,6 +62,7 @@ GROUPS = {
         "recompute",
     ],
     "evaluation": [
+        "metric",
         "eval_split",
         "eval_size",
         "per_device_eval_batch_size",
@@ -357,6 +358,22 @@ class RecipeArguments(TrainingArguments):
         name = self.attn_implementation or "sdpa"
         return SDPA_PACKED if self.padding_free and name == "sdpa" else name
 
+    @property
+    def shares(self) -> dict[str, float] | None:
+        """Name of a source of rows -> share of them in an epoch; without any every row comes once; None for equal shares."""
+        return {}
+
+    @property
+    def data_paths(self) -> list[str]:
+        """Where the rows of --data_dir are: one folder, or the folders and files of a script that takes several."""
+        given: Any = self.data_dir
+        return [] if given is None else [given] if isinstance(given, str) else list(given)
+
+    @property
+    def measures_loss(self) -> bool:
+        """Whether loss and token accuracy are measured beside the scores of the answers."""
+        return False
+
     def _check_values(self):
         if not 1 <= self.num_crops <= 16:
             raise InputError(f"--num_crops {self.num_crops}: expected a whole number from 1 to 16")
@@ -403,6 +420,9 @@ class RecipeArguments(TrainingArguments):
                 "--use_liger_kernel: expected it left out, it does not know this model; --torch_compile fuses the same operations"
             )
         check_model_name(self.model_name_or_path, "--model_name_or_path")
+        self._check_data()
+
+    def _check_data(self):
         if self.data_dir is not None and not os.path.isdir(self.data_dir):
             raise InputError(f"--data_dir {self.data_dir}: no such folder")
         if self.data_dir is not None and self.full_train:
@@ -517,36 +537,17 @@ class RecipeArguments(TrainingArguments):
 
     def _derive_deepspeed(self):
         """`deepspeed`, a path or a dict or None, and `deepspeed_config`, its content."""
-        self.deepspeed_config: dict[str, Any] | None = None
+        self.deepspeed_config: dict[str, Any] | None
         if self.fsdp:
             # Not tested: accelerate does without it on a CPU.
             raise InputError(
                 "--fsdp: expected it left out; --deepspeed zero3 splits weights, gradients and optimizer too"
             )
-        if self.deepspeed is None and not self.use_lora:
-            self.deepspeed = str(ZERO2)
-        named = {path.stem: str(path) for path in sorted(DS_CONFIGS.glob("*.json"))}
-        if isinstance(self.deepspeed, str):
-            self.deepspeed = named.get(self.deepspeed, self.deepspeed)
-        if isinstance(self.deepspeed, str) and self.deepspeed.lower() == "none":
-            self.deepspeed = None
-        if self.deepspeed is None:
+        given = self.deepspeed
+        self.deepspeed, self.deepspeed_config = read_deepspeed(given, self.use_lora, self.use_qlora)
+        config, what = self.deepspeed_config, given or self.deepspeed
+        if config is None:
             return
-        inline, what = str(self.deepspeed).lstrip().startswith("{"), self.deepspeed
-        if not inline and not os.path.isfile(self.deepspeed):
-            raise InputError(
-                f"--deepspeed {what}: expected {', '.join(named)}, a file, inline JSON or none, found no such file"
-            )
-        try:
-            text = self.deepspeed if inline else Path(self.deepspeed).read_text(encoding="utf-8")
-            config = text if isinstance(text, dict) else json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"--deepspeed {str(what):.80}: expected JSON, found: {error}") from None
-        if not isinstance(config, dict):
-            raise InputError(f"--deepspeed {str(what):.80}: expected a JSON object, found {type(config).__name__}")
-        self.deepspeed_config = config
-        if inline:
-            self.deepspeed = dict(config)
         derived = {
             "train_micro_batch_size_per_gpu": self.per_device_train_batch_size,
             "gradient_accumulation_steps": self.gradient_accumulation_steps,
@@ -562,11 +563,6 @@ class RecipeArguments(TrainingArguments):
             raise InputError(
                 f"{rates[0]} with --deepspeed {str(what):.80}: expected a config without an optimizer, whose one rate holds for all "
                 "parts, found one; --optim names it"
-            )
-        zero = config.get("zero_optimization")
-        if self.use_qlora and isinstance(zero, dict) and zero.get("stage") == 3:
-            raise InputError(
-                f"--use_qlora with --deepspeed {str(what):.80}: expected ZeRO-2 or none, found ZeRO-3, which cannot split 4-bit weights"
             )
         if self.use_cpu:
             use_gloo_in_deepspeed()
@@ -653,12 +649,12 @@ class RecipeArguments(TrainingArguments):
         if self.output_dir is None:
             raise InputError("--output_dir: expected a folder")
         output = os.path.realpath(self.output_dir)
-        for name in ("model_name_or_path", "data_dir"):
-            folder = getattr(self, name)
-            if (
-                folder is not None
-                and os.path.isdir(folder)
-                and os.path.join(output, "").startswith(os.path.join(os.path.realpath(folder), ""))
+        for name, folder in [
+            ("model_name_or_path", self.model_name_or_path),
+            *(("data_dir", path) for path in self.data_paths),
+        ]:
+            if os.path.isdir(folder) and os.path.join(output, "").startswith(
+                os.path.join(os.path.realpath(folder), "")
             ):
                 where = "the same folder" if output == os.path.realpath(folder) else "a folder inside it"
                 raise InputError(
@@ -702,7 +698,52 @@ def _check_wandb() -> None:
         raise InputError(f"--report_to wandb: expected you to be logged in, found no API key; {cure}")
 
 
-def set_by_flags(args: RecipeArguments) -> dict[str, Any]:
+def read_deepspeed(given: str | dict | None, use_lora: bool, use_qlora: bool) -> tuple[Any, dict[str, Any] | None]:
+    """What --deepspeed says: the path of a file or an inline config, and the config itself; None and None without DeepSpeed.
+
+    Args:
+        given (str | dict, optional): a name of ds_configs/, a path, JSON, or none; None: what the strategy usually takes.
+        use_lora (bool): whether adapters are trained, which usually go without DeepSpeed.
+        use_qlora (bool): whether over weights in 4 bits.
+
+    Raises:
+        InputError: where there is no such file, no JSON object in it, or one that cannot train so.
+    """
+    named = {path.stem: str(path) for path in sorted(DS_CONFIGS.glob("*.json"))}
+    what: Any = given if given is not None else "none" if use_lora else str(ZERO2)
+    if isinstance(what, str):
+        what = named.get(what, what)
+        if what.lower() == "none":
+            return None, None
+    inline = str(what).lstrip().startswith("{")
+    if not inline and not os.path.isfile(what):
+        raise InputError(
+            f"--deepspeed {what:.80}: expected {', '.join(named)}, a file, inline JSON or none, found no such file"
+        )
+    try:
+        text = what if inline else Path(what).read_text(encoding="utf-8")
+        config = text if isinstance(text, dict) else json.loads(text)
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"--deepspeed {str(what):.80}: expected JSON, found: {error}") from None
+    if not isinstance(config, dict):
+        raise InputError(f"--deepspeed {str(what):.80}: expected a JSON object, found {type(config).__name__}")
+    zero = config.get("zero_optimization")
+    if use_qlora and isinstance(zero, dict) and zero.get("stage") == 3:
+        raise InputError(
+            f"--use_qlora with --deepspeed {str(given):.80}: expected ZeRO-2 or none, found ZeRO-3, which cannot split 4-bit weights"
+        )
+    return dict(config) if inline else what, config
+
+
+class LoraFlags(Protocol):
+    """The flags of LoRA alone."""
+
+    lora_rank: int
+    lora_alpha_ratio: float
+    lora_dropout: float
+
+
+def set_by_flags(args: LoraFlags) -> dict[str, Any]:
     """Fields of PEFT's LoraConfig that have flags of their own."""
     alpha = float(args.lora_rank * args.lora_alpha_ratio)
     # Kept whole where it is: PEFT writes it into adapter_config.json.
@@ -741,7 +782,7 @@ class _Parser(HfArgumentParser):
         named = {name for names in GROUPS.values() for name in names}
         for title, names in {**GROUPS, OTHER: [name for name in all_fields if name not in named]}.items():
             group = self.add_argument_group(title)
-            for name in names:
+            for name in (name for name in names if name in all_fields):
                 all_fields[name].type = types[name]
                 self._parse_dataclass_field(group, all_fields[name])
 
@@ -765,11 +806,10 @@ def _first_line(error: Exception) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), repr(error))
 
 
-def _changed(namespace: argparse.Namespace) -> dict[str, Any]:
+def changed_flags(namespace: argparse.Namespace, kind: Any = RecipeArguments) -> dict[str, Any]:
     """Name of a flag -> its value, of those that differ from the recipes' defaults; the names are the published ones."""
-    kinds: Any = RecipeArguments
-    defaults, found = _Parser(kinds, allow_abbrev=False).parse_args([]), {}
-    for field in fields(RecipeArguments):
+    defaults, found = _Parser(kind, allow_abbrev=False).parse_args([]), {}
+    for field in fields(kind):
         if field.init and getattr(namespace, field.name) != getattr(defaults, field.name):
             names = [*field.metadata.get("aliases", []), field.name]
             found[names[0].lstrip("-")] = getattr(namespace, field.name)
@@ -781,19 +821,19 @@ def default_output_dir(script: str) -> str:
     return os.path.join("output", Path(script).stem.removeprefix(SCRIPT_PREFIX) or "run")
 
 
-def parse_args(argv: list[str] | None = None, **defaults) -> RecipeArguments:
+def parse_args(argv: list[str] | None = None, kind: Any = RecipeArguments, **defaults) -> RecipeArguments:
     """The arguments of a recipe, checked, and the process prepared for them, before anything expensive starts.
 
     Args:
         argv (list[str], optional): command line without the program's name.
+        kind (type[RecipeArguments]): the script's flags.
         **defaults: a task's own defaults, such as num_crops=4.
 
     Raises:
         InputError: for an unknown flag, a value out of range or flags that contradict each other.
     """
     usage = "torchrun --nproc_per_node=GPUS %(prog)s [flags]"
-    kinds: Any = RecipeArguments
-    parser = _Parser(kinds, allow_abbrev=False, usage=usage, formatter_class=_HelpFormatter)
+    parser = _Parser(kind, allow_abbrev=False, usage=usage, formatter_class=_HelpFormatter)
     parser.set_defaults(**defaults)
     namespace = parser.parse_flags(sys.argv[1:] if argv is None else argv)
     if namespace.output_dir is None:
@@ -804,8 +844,8 @@ def parse_args(argv: list[str] | None = None, **defaults) -> RecipeArguments:
     prepare_process(
         runs_on_cpu(namespace.use_cpu), namespace.ddp_backend, namespace.ddp_timeout, namespace.max_image_pixels
     )
-    args = RecipeArguments(**vars(namespace))
-    args.changed = _changed(namespace)
+    args = kind(**vars(namespace))
+    args.changed = changed_flags(namespace, kind)
     check_shared_memory(
         args.dataloader_num_workers,
         args.per_device_train_batch_size,

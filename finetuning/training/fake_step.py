@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -62,20 +63,22 @@ class Batch:
 @dataclass
 class StepBytes:
     """Bytes of a micro-batch: the most at once beside weights and finished gradients (`peak`), and those that its kernels read
-    and write, products of matrices and attention left out (`traffic`)."""
+    and write, products of matrices and attention left out (`traffic`); where a step was taken, the FLOPs of these."""
 
     peak: float
     traffic: float
+    flops: float = 0.0
 
 
 @dataclass
 class Segment:
-    """What happens up to a mark: bytes more at its end than at its start, the most above its start, bytes read and written."""
+    """What happens up to a mark: bytes more at its end than at its start, the most above its start, bytes read and written, FLOPs."""
 
     mark: tuple[str, str]
     change: float
     peak: float
     traffic: float
+    flops: float
 
 
 class Live(TorchDispatchMode):
@@ -85,7 +88,7 @@ class Live(TorchDispatchMode):
         """Begins anew; what is a weight of `model` does not count."""
         self.segments: list[Segment] = []
         self.backward = False
-        self.live = self.peak = self._start = self._traffic = 0
+        self.live = self.peak = self._start = self._traffic = self._flops = 0
         weights = (*model.parameters(), *model.buffers())
         self._seen = {tensor.untyped_storage()._cdata for tensor in weights}
 
@@ -97,6 +100,7 @@ class Live(TorchDispatchMode):
         if made and not func.is_view and not any(name in func.name() for name in FREE):
             read = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
             self._traffic += sum(tensor.nbytes for tensor in (*made, *read))
+        self._flops += _flops(func, args, kwargs or {}, found)
         return found
 
     def _note(self, storage) -> None:
@@ -114,9 +118,22 @@ class Live(TorchDispatchMode):
     def mark(self, *name: str) -> None:
         """Ends a segment: a pass and the kind of layer, or others."""
         change, peak = self.live - self._start, self.peak - self._start
-        self.segments.append(Segment((name[0], name[-1]), change, peak, self._traffic))
+        self.segments.append(Segment((name[0], name[-1]), change, peak, self._traffic, self._flops))
         self._start = self.peak = self.live
-        self._traffic = 0
+        self._traffic = self._flops = 0
+
+
+def _flops(func, args, kwargs, found) -> float:
+    """FLOPs of a product of matrices, a convolution or an attention; of a causal one half, since its kernels skip the other."""
+    if "_scaled_dot_product" not in func.name():
+        count = flop_registry.get(func.overloadpacket)
+        return count(*args, **kwargs, out_val=found) if count else 0
+    backward = "backward" in func.name()
+    queries, keys = args[1:3] if backward else args[:2]
+    causal = kwargs.get("is_causal", args[7] if backward else args[4] if len(args) > 4 else False)
+    # Two products; five in the backward pass, which computes the weights of the values again.
+    products = 5 if backward else 2
+    return products * 2 * queries.numel() * keys.shape[-2] / (2 if causal else 1)
 
 
 class _LayerNormInFloat32(TorchFunctionMode):
@@ -342,11 +359,12 @@ def repeated(config: Phi3VConfig, found: list[Segment]) -> list[tuple[int, int]]
 
 def whole(config: Phi3VConfig, found: list[Segment]) -> StepBytes:
     """Puts the segments of all layers together."""
-    live = peak = traffic = 0.0
+    live = peak = traffic = flops = 0.0
     for number, times in repeated(config, found):
         segment = found[number]
         for _ in range(times):
             peak = max(peak, live + segment.peak)
             live += segment.change
         traffic += times * segment.traffic
-    return StepBytes(peak, traffic)
+        flops += times * segment.flops
+    return StepBytes(peak, traffic, flops)

@@ -2,10 +2,10 @@
 
 import copy
 import json
+import shlex
 from collections.abc import Iterable
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ RECOMPUTE = ("none", "vision", "full")
 
 @dataclass(frozen=True)
 class Setting:
-    """What decides on the memory of a run: a strategy (`Choices.name`), none or a name of `deepspeed_configs`, and so on."""
+    """What decides on the memory of a run: a strategy (`Choices.name`), --deepspeed as `read_deepspeed` takes it, and so on."""
 
     strategy: str
     deepspeed: str
@@ -37,8 +37,10 @@ class Setting:
     def flags(self) -> str:
         """As a command has them, without those that are defaults."""
         usual = "none" if "lora" in self.strategy else ZERO2.stem
-        engine = "none" if self.deepspeed == "none" else f"ds_configs/{self.deepspeed}.json"
-        words = [choices_named(self.strategy).flags, f"--deepspeed {engine}" * (self.deepspeed != usual)]
+        words = [
+            choices_named(self.strategy).flags,
+            f"--deepspeed {shlex.quote(self.deepspeed)}" * (self.deepspeed != usual),
+        ]
         words += [f"--recompute {self.recompute}", f"--batch_size_per_gpu {self.micro_batch}" * (self.micro_batch > 1)]
         return " ".join(word for word in words if word)
 
@@ -100,7 +102,7 @@ def setting_of(args: RecipeArguments, recompute: str | None = None) -> Setting:
     """The setting of a run."""
     known = deepspeed_configs()
     same = [name for name, config in known.items() if config == args.deepspeed_config]
-    engine = same[0] if same else Path(str(args.deepspeed)).stem if isinstance(args.deepspeed, str) else "own"
+    engine = same[0] if same else args.deepspeed if isinstance(args.deepspeed, str) else json.dumps(args.deepspeed)
     return Setting(choices_of(args).name, engine, recompute or args.recompute, args.per_device_train_batch_size)
 
 
@@ -160,7 +162,9 @@ def settle_memory(model, args: RecipeArguments, dataset: ConversationDataset) ->
             args.activation_checkpointing = args.recompute != "none"
         setting = setting_of(args)
         peak = planner.memory(setting).peak
-        advised = "" if peak <= free else f"; it may not fit: {advice(planner, setting, free)}"
+        advised = (
+            larger(planner, setting, free) if peak <= free else f"; it may not fit: {advice(planner, setting, free)}"
+        )
     except Exception as error:  # a plan is advice: no run ends for it
         args.recompute = "full" if automatic else args.recompute
         return f"not planned ({error!r:.200}); recomputed: {args.recompute}"
@@ -179,6 +183,19 @@ def least_recomputation(planner: Planner, setting: Setting, free: float) -> str:
         if planner.memory(found).peak <= free:
             return recompute
     return "full"
+
+
+def larger(planner: Planner, setting: Setting, free: float) -> str:
+    """What to say of the largest micro-batch that fits as well, a power of two of this one that leaves no place empty."""
+    found, share = setting, planner.args.batch_size // planner.gpus
+    while (size := 2 * found.micro_batch) <= share and planner.args.batch_size % (size * planner.gpus) == 0:
+        next_one = replace(found, micro_batch=size)
+        if planner.memory(next_one).peak > free:
+            break
+        found = next_one
+    if found == setting:
+        return ""
+    return f"; --batch_size_per_gpu {found.micro_batch} fits too ({planner.memory(found).peak / GIB:.1f} GiB) and may be faster"
 
 
 def advice(planner: Planner, setting: Setting, free: float) -> str:

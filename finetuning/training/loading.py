@@ -117,6 +117,8 @@ def load_model(args: RecipeArguments) -> PreTrainedModel | PeftModel:
         for module in model.modules():
             if isinstance(module, GradientCheckpointingLayer):
                 # In place, so that all names stay; one compilation serves all layers of a kind. Last, as a copy is not compiled.
+                # dynamic: for all lengths. Sizes that are equal in the first batch count as one, though: where its length is
+                # also a width of the model, the second batch compiles once more.
                 module.compile(dynamic=True, **args.compile_options)
     return model
 

@@ -2,17 +2,19 @@
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import LoraVariant
 from torch.nn.functional import linear
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, CLIPVisionConfig
+
+from phi3v import Phi3VConfig
 
 from ..arguments import RecipeArguments, set_by_flags
 from .parts import FLAGS, LORA_TARGETS, choices_of, copied_modules
@@ -68,19 +70,24 @@ class OneProduct(LoraVariant):
         return orig_weight - module.get_delta_weight(active_adapter)
 
 
+def target_modules(config: Phi3VConfig, names: Iterable[str]) -> str:
+    """The pattern of the layers that get adapters: those whose names end so, but for the last CLIP layer, which is never run."""
+    # Not exclude_modules, which PEFT knows since 0.14: older ones could not load the adapter.
+    last = cast(CLIPVisionConfig, config.vision_config).num_hidden_layers - 1
+    return rf"(?!.*\.vision_model\.encoder\.layers\.{last}\.)(.*\.)?({'|'.join(map(re.escape, names))})"
+
+
 def add_lora(model, args: RecipeArguments):
     """The model with adapters over the parts that are lora, and copies of the parts that are full.
 
     Without DeepSpeed, which keeps float32 weights of its own, all that is trained is float32, and computed under autocast.
     """
     choices = choices_of(args)
-    last = model.config.vision_config.num_hidden_layers - 1
     targets = [name for part in FLAGS if getattr(choices, part) == "lora" for name in LORA_TARGETS[part]]
     given: Any = args.lora_kwargs or {}
     config = LoraConfig(
         **set_by_flags(args),
-        # Not exclude_modules, which PEFT knows since 0.14: older ones could not load the adapter.
-        target_modules=rf"(?!.*\.vision_model\.encoder\.layers\.{last}\.)(.*\.)?({'|'.join(map(re.escape, targets))})",
+        target_modules=target_modules(model.config, targets),
         modules_to_save=copied_modules(model.config, choices) or None,
         task_type="CAUSAL_LM",
         **{"init_lora_weights": "gaussian", **given},

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from .fake_step import Batch
 from .fitting import Planner, Setting
 from .flops import step_flops
+from .memory import is_offloaded, zero_of
 from .parts import choices_named
 
 # Shares of the data sheet that long products and long copies are assumed to reach; no GPU has confirmed them.
@@ -87,19 +88,21 @@ def _between(planner: Planner, setting: Setting, card: Card, micro_batches: floa
     parameters, others = planner.activations(setting).parameters, (planner.gpus - 1) / planner.gpus
     if setting.deepspeed == "none":
         return 2 * parameters.trained_bytes * parameters.trained * others / card.link
-    if "zero3" in setting.deepspeed:
+    stage = zero_of(planner.arguments(setting)).get("stage", 0)
+    if stage == 3:
         # The weights of each layer, forward and backward, and its gradients.
         return micro_batches * (4 * parameters.all + 2 * parameters.trained) * others / card.link
-    # Summed for all and kept by one; the new weights, once.
-    return (micro_batches * 4 + 2) * parameters.trained * others / card.link
+    # Summed for all and kept by one; the new weights, once. Before stage 2 the sums of an optimizer step, in float32.
+    sums = micro_batches * 4 if stage == 2 else 8
+    return (sums + 2) * parameters.trained * others / card.link
 
 
 def _optimizer_seconds(planner: Planner, setting: Setting, card: Card, micro_batches: float) -> float:
-    parameters = planner.activations(setting).parameters
+    parameters, zero = planner.activations(setting).parameters, zero_of(planner.arguments(setting))
     share = parameters.trained / (1 if setting.deepspeed == "none" else planner.gpus)
-    if "offload" not in setting.deepspeed:
+    if not is_offloaded(zero, "offload_optimizer"):
         return ADAMW_BYTES * share / (card.bandwidth * OF_BANDWIDTH)
     moved = (micro_batches + 1) * 2 * share
-    if "zero3" in setting.deepspeed:
+    if is_offloaded(zero, "offload_param"):
         moved += micro_batches * 4 * parameters.all / planner.gpus
     return moved / PCIE + ADAMW_BYTES * share / MAIN_MEMORY
