@@ -188,7 +188,8 @@ class RecipeTrainer(Trainer):
         if "loss" in logs:
             logs["loss"] = self._pending.pop_mean(self.state)
             logs |= self._progress.pop_figures(self.args, self.state) | self._source_losses.pop()
-            logs |= rates_of(self.optimizer)
+            if "learning_rate" in logs:
+                logs |= rates_of(self.optimizer, logs["learning_rate"])
         super().log(logs, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
