@@ -678,6 +678,16 @@ def default_output_dir(script: str) -> str:
     return os.path.join("output", Path(script).stem.removeprefix(SCRIPT_PREFIX) or "run")
 
 
+def read_flags(argv: list[str]) -> argparse.Namespace:
+    """The flags of a command line, such as a run's own in run.json, by their names; nothing is checked or prepared.
+
+    Raises:
+        InputError: for an unknown flag.
+    """
+    kinds: Any = RecipeArguments
+    return _Parser(kinds, allow_abbrev=False).parse_flags(argv)
+
+
 def parse_args(argv: list[str] | None = None, **defaults) -> RecipeArguments:
     """The arguments of a recipe, checked, and the process prepared for them, before anything expensive starts.
 

@@ -180,8 +180,13 @@ def read_model(
     return model
 
 
-def read_adapter(model: PreTrainedModel, saved: SavedModel) -> PeftModel:
+def read_adapter(model: PreTrainedModel | PeftModel, saved: SavedModel, name: str = "default") -> PeftModel:
     """The model with the saved adapter over it, nothing trainable; the adapter in float32, as in training.
+
+    Args:
+        model: the whole model, or one that has adapters already: the saved one lies beside them then.
+        saved (SavedModel): with an adapter.
+        name (str): what PEFT knows the adapter by.
 
     Raises:
         InputError: if the adapter does not fit the model.
@@ -190,7 +195,10 @@ def read_adapter(model: PreTrainedModel, saved: SavedModel) -> PeftModel:
         with warnings.catch_warnings():
             # PEFT only warns of weights that are missing.
             warnings.filterwarnings("error", "Found missing adapter keys")
-            return PeftModel.from_pretrained(model, str(saved.adapter))
+            if isinstance(model, PeftModel):
+                model.load_adapter(str(saved.adapter), adapter_name=name)
+                return model
+            return PeftModel.from_pretrained(model, str(saved.adapter), adapter_name=name)
     except (OSError, ValueError, TypeError, RuntimeError, KeyError, UserWarning, SafetensorError) as error:
         raise InputError(
             f"{saved.adapter}: expected an adapter of {saved.base}, found: {_first_line(error)}; --base names another base"
