@@ -30,9 +30,10 @@ from .command_line import CommandParser
 from .data.shown import printable
 from .environment import prepare_process, runs_on_cpu
 from .errors import InputError, run_script
-from .results.examples import Example, wrong_rows
+from .results.examples import Example, join_examples, wrong_rows
 from .results.side_by_side import Answering, SideBySide
 from .task_script import ROOT, load_script
+from .training.identity import RUN
 from .training.loading import trained_dtype
 from .training.saved import SavedModel, find_saved
 from .training.several import Loading, Opened, open_several
@@ -152,12 +153,14 @@ def describe(item: Opened) -> str:
 def find_examples(folders: Sequence[str]) -> list[Example]:
     """Rows that the runs got wrong, of those whose report and data are on this machine; a line says why there are none."""
     found = []
-    for folder in filter(os.path.isdir, folders):
+    for folder in map(Path, folders):
+        if not (folder / RUN).is_file():
+            continue
         try:
-            found += wrong_rows(Path(folder), answered_rows)
+            found.append(wrong_rows(folder, answered_rows))
         except Exception as error:  # a script or data of somebody's own; the page works without
-            print(f"{printable(folder)}: no rows to click: {printable(str(error) or repr(error))}", flush=True)
-    return found
+            print(f"{printable(str(folder))}: no rows to click: {printable(str(error) or repr(error))}", flush=True)
+    return join_examples(found)
 
 
 def answered_rows(run: dict[str, Any]) -> tuple[Sequence, Callable]:

@@ -28,18 +28,24 @@ AS_TRAINED = "as trained"
 CLICKS = """
 element.addEventListener("click", (event) => {
     const button = event.target.closest("button[data-number]");
-    if (button) trigger("click", { number: Number(button.dataset.number) });
+    if (!button) return;
+    trigger("click", { number: Number(button.dataset.number) });
+    document.querySelector("#box textarea").focus();
 });
 """
 
 
-class QuestionBox(gr.MultimodalTextbox):
-    """Gradio's box for a text and files, which fetches nothing for whoever writes a URL in a file's place."""
+def take_uploads_only(box: gr.MultimodalTextbox) -> None:
+    """Keeps gradio from fetching a URL for whoever writes one in a file's place."""
+    move = box.async_move_resource_to_block_cache
 
-    async def async_move_resource_to_block_cache(self, url_or_file_path):
+    async def move_uploaded(url_or_file_path):
         if "://" in str(url_or_file_path):
             raise gr.Error("expected an uploaded file, found a URL", print_exception=False)
-        return await super().async_move_resource_to_block_cache(url_or_file_path)
+        return await move(url_or_file_path)
+
+    # Not in a class of its own: gradio would look for that one's part in the browser.
+    box.async_move_resource_to_block_cache = move_uploaded
 
 
 class Page:
@@ -74,7 +80,7 @@ class Page:
             with gr.Row(elem_id="talks"):
                 columns = [self._column(name, what) for name, what in self.titles]
             line = gr.HTML("", elem_id="line", js_on_load=None)
-            box = QuestionBox(
+            box = gr.MultimodalTextbox(
                 show_label=False,
                 label="Question",
                 placeholder="Ask a question; drop, paste or choose pictures",
@@ -84,6 +90,7 @@ class Page:
                 autofocus=True,
                 elem_id="box",
             )
+            take_uploads_only(box)
             with gr.Row(elem_id="buttons"):
                 stop = gr.Button("Stop", interactive=False, elem_id="stop")
                 new = gr.Button("New conversation", elem_id="new")
@@ -100,8 +107,8 @@ class Page:
             stop.click(self._stop, None, None, **at_once)
             new.click(self._stop, None, None, **at_once).then(self._begin, None, outputs, show_progress="hidden", **shared)
             if self.examples:
-                with gr.Accordion("Answered wrongly by the run", open=True, elem_id="examples"):
-                    gr.HTML("<p>A click puts a row's question and pictures into the box above.</p>", js_on_load=None)
+                with gr.Accordion("Rows that were answered wrongly", open=True, elem_id="examples"):
+                    gr.HTML("<p>A click puts a row's question and pictures into the box.</p>", js_on_load=None)
                     rows = gr.HTML(examples_html(self.examples), js_on_load=CLICKS)
                 rows.click(self._stop, None, None, **at_once)
                 rows.click(self._show_example, None, outputs, show_progress="hidden", **shared)
@@ -172,7 +179,8 @@ class Page:
         earlier = [Said(turn, turn.answers[0], "as the run was shown it") for turn in example.earlier]
         for said in earlier:
             said.thumbnails = [thumbnail(source, THUMBNAIL) for source in said.turn.images]
-        note = f"{example.id}: expected {' or '.join(example.turn.answers)}; {example.run} answered {example.answer}"
+        answers = [f"{run} answered: {answer or '(empty answer)'}" for run, answer in example.answers.items()]
+        note = f"{example.id}: expected: {' or '.join(example.turn.answers)}; {'; '.join(answers)}"
         files = [str(copy_picture(source, self.uploads / f"{number}-{place}")) for place, source in enumerate(example.turn.images)]
         return self._begin({"text": example.turn.user, "files": files}, line_html(note, "note"), earlier)
 
@@ -214,7 +222,8 @@ def examples_html(examples: Sequence[Example]) -> str:
     buttons = []
     for number, item in enumerate(examples):
         picture = f'<img src="{html.escape(item.thumbnail)}" alt="">' if item.thumbnail else ""
-        texts = (item.turn.user, f"expected {' or '.join(item.turn.answers)}", f"{item.run}: {item.answer or '(empty answer)'}")
+        answers = [f"{run}: {answer or '(empty answer)'}" for run, answer in item.answers.items()]
+        texts = (item.turn.user, f"expected: {' or '.join(item.turn.answers)}", *answers)
         lines = "".join(f'<span dir="auto">{html.escape(printable(text))}</span>' for text in texts)
         buttons.append(f'<button type="button" data-number="{number}">{picture}{lines}</button>')
-    return "".join(buttons)
+    return f'<div class="rows">{"".join(buttons)}</div>'

@@ -23,19 +23,17 @@ class Example:
     """A turn that was answered wrongly.
 
     Args:
-        run (str): name of the run.
         id (str): of the row.
         earlier (list[Turn]): turns before it, with the answers that the run was shown for them.
         turn (Turn): the question, its acceptable answers, its pictures.
-        answer (str): what the run answered.
+        answers (dict[str, str]): name of a run -> its answer.
         thumbnail (str): data URI of the row's first picture as the report shows it; empty where there is none.
     """
 
-    run: str
     id: str
     earlier: list[Turn]
     turn: Turn
-    answer: str
+    answers: dict[str, str]
     thumbnail: str
 
 
@@ -65,12 +63,23 @@ def wrong_rows(folder: Path, read_rows: Callable[[dict[str, Any]], tuple[Sequenc
         )
         earlier = [Turn(turn.user, turn.answers[:1], turn.images) for turn in conversation.turns[:number]]
         pictures = [data["pictures"][place] for place in row["pictures"] if place >= 0]
-        answer = row["turns"][number]["answers"][-1]
-        thumbnail = next(iter(pictures), "")
-        found.append(Example(folder.name, row["id"], earlier, conversation.turns[number], answer, thumbnail))
+        answers = {folder.resolve().name: row["turns"][number]["answers"][-1]}
+        found.append(Example(row["id"], earlier, conversation.turns[number], answers, next(iter(pictures), "")))
         if len(found) == MOST:
             break
     return found
+
+
+def join_examples(runs: Sequence[Sequence[Example]]) -> list[Example]:
+    """The examples of several runs, a turn that more than one of them got wrong once, with all their answers."""
+    found: dict[tuple, Example] = {}
+    for example in (example for examples in runs for example in examples):
+        key = (example.id, len(example.earlier), example.turn.user, str(example.turn.images))
+        if key in found:
+            found[key].answers.update(example.answers)
+        else:
+            found[key] = example
+    return list(found.values())
 
 
 def _with_conversations(

@@ -9,14 +9,14 @@ from urllib.parse import unquote
 PAGE = ("/", "/config", "/theme.css", "/favicon.ico", "/robots.txt", "/manifest.json")
 FILES = ("/assets/", "/static/", "/svelte/")
 API = "/gradio_api/"
-CALLS = {"app_id", "startup-events", "theme.css", "upload", "upload_progress", "queue/join", "queue/data", "cancel", "reset"}
+CALLS = {"app_id", "startup-events", "theme.css", "upload", "upload_progress", "queue/join", "queue/data", "run/predict", "cancel", "reset"}
 UPLOADED = f"{API}file="
 LARGEST_CALL = 2**20  # bytes, of a request that is no upload
 # Nothing is loaded from elsewhere, whatever a text on the page were to become. Gradio compiles its templates in the browser.
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; media-src 'self' blob:; font-src 'self' data:; connect-src 'self'; object-src 'none'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    "base-uri 'self'; form-action 'none'; frame-ancestors 'none'"
 )
 HEADERS = {
     b"content-security-policy": POLICY.encode(),
