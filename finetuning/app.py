@@ -10,15 +10,17 @@ Only this machine reaches the page, at http://127.0.0.1:7860, unless --host says
 Needs gradio: pip install -r requirements-app.txt, in an environment of its own (docs/app.md).
 """
 
+import io
 import os
 import signal
 import socket
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from accelerate import PartialState
@@ -176,13 +178,15 @@ def answered_rows(run: dict[str, Any]) -> tuple[Sequence, Callable]:
     script = ROOT / name
     if not script.is_file() or not name.startswith("finetune_hf_trainer_"):
         raise InputError(f"expected a run of a script of {ROOT}, found one of {printable(name)}")
-    words = attempt["command"]
-    flags = read_flags(words[next(place for place, word in enumerate(words) if os.path.basename(word) == name) + 1 :])
-    if not flags.data_dir:
+    module, words = load_script(str(script)), attempt["command"]
+    flags = words[next(place for place, word in enumerate(words) if os.path.basename(word) == name) + 1 :]
+    args = read_flags(flags, get_type_hints(module.load_splits)["args"])
+    if not args.data_dir:
         raise InputError("expected a run on a data folder (--data_dir), found one on a data set of the hub")
-    flags.do_train = False
-    module = load_script(str(script))
-    return module.load_splits(flags)[1], module.to_conversation
+    args.do_train = False
+    # What a script says of its rows was said when they were trained.
+    with redirect_stdout(io.StringIO()):
+        return module.load_splits(args)[1], module.to_conversation
 
 
 def find_port(host: str, wanted: int | None) -> int:

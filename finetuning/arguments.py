@@ -34,11 +34,11 @@ from .errors import InputError
 DS_CONFIGS = Path(__file__).parents[1] / "ds_configs"
 ZERO2 = DS_CONFIGS / "zero2.json"
 
-# --help lists the flags in these groups; what is not named here is a flag of TrainingArguments that passes through.
+# --help lists the flags in these groups, as far as the script has them; what is not named here is a flag of TrainingArguments that passes through.
 GROUPS = {
     "model": ["model_name_or_path", "attn_implementation", "use_flash_attention", "bf16", "fp16"],
     "strategy": ["freeze_vision_model", "use_lora", "use_qlora", "lora_rank", "lora_alpha_ratio", "lora_dropout", "deepspeed"],
-    "data": ["data_dir", "full_train", "num_crops", "max_image_pixels", "max_length", "padding_free", "check", "on_bad_row", "max_bad_rows"],
+    "data": ["data_dir", "dataset", "columns", "eval_share", "full_train", "num_crops", "max_image_pixels", "max_length", "padding_free", "check", "on_bad_row", "max_bad_rows"],
     "optimisation": [
         "batch_size",
         "per_device_train_batch_size",
@@ -53,6 +53,7 @@ GROUPS = {
         "recompute",
     ],
     "evaluation": [
+        "metric",
         "eval_split",
         "eval_size",
         "per_device_eval_batch_size",
@@ -313,6 +314,22 @@ class RecipeArguments(TrainingArguments):
         name = self.attn_implementation or "sdpa"
         return SDPA_PACKED if self.padding_free and name == "sdpa" else name
 
+    @property
+    def shares(self) -> dict[str, float] | None:
+        """Name of a source of rows -> share of them in an epoch; without any every row comes once; None for equal shares."""
+        return {}
+
+    @property
+    def data_paths(self) -> list[str]:
+        """Where the rows of --data_dir are: one folder, or the folders and files of a script that takes several."""
+        given: Any = self.data_dir
+        return [] if given is None else [given] if isinstance(given, str) else list(given)
+
+    @property
+    def measures_loss(self) -> bool:
+        """Whether loss and token accuracy are measured beside the scores of the answers."""
+        return False
+
     def _check_values(self):
         if not 1 <= self.num_crops <= 16:
             raise InputError(f"--num_crops {self.num_crops}: expected a whole number from 1 to 16")
@@ -359,6 +376,9 @@ class RecipeArguments(TrainingArguments):
                 "--use_liger_kernel: expected it left out, it does not know this model; --torch_compile fuses the same operations"
             )
         check_model_name(self.model_name_or_path, "--model_name_or_path")
+        self._check_data()
+
+    def _check_data(self):
         if self.data_dir is not None and not os.path.isdir(self.data_dir):
             raise InputError(f"--data_dir {self.data_dir}: no such folder")
         if self.data_dir is not None and self.full_train:
@@ -558,12 +578,12 @@ class RecipeArguments(TrainingArguments):
         if self.output_dir is None:
             raise InputError("--output_dir: expected a folder")
         output = os.path.realpath(self.output_dir)
-        for name in ("model_name_or_path", "data_dir"):
-            folder = getattr(self, name)
-            if (
-                folder is not None
-                and os.path.isdir(folder)
-                and os.path.join(output, "").startswith(os.path.join(os.path.realpath(folder), ""))
+        for name, folder in [
+            ("model_name_or_path", self.model_name_or_path),
+            *(("data_dir", path) for path in self.data_paths),
+        ]:
+            if os.path.isdir(folder) and os.path.join(output, "").startswith(
+                os.path.join(os.path.realpath(folder), "")
             ):
                 where = "the same folder" if output == os.path.realpath(folder) else "a folder inside it"
                 raise InputError(
@@ -638,7 +658,7 @@ class _Parser(HfArgumentParser):
         named = {name for names in GROUPS.values() for name in names}
         for title, names in {**GROUPS, OTHER: [name for name in all_fields if name not in named]}.items():
             group = self.add_argument_group(title)
-            for name in names:
+            for name in (name for name in names if name in all_fields):
                 all_fields[name].type = types[name]
                 self._parse_dataclass_field(group, all_fields[name])
 
@@ -662,11 +682,10 @@ def _first_line(error: Exception) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), repr(error))
 
 
-def _changed(namespace: argparse.Namespace) -> dict[str, Any]:
+def _changed(namespace: argparse.Namespace, kind: Any) -> dict[str, Any]:
     """Name of a flag -> its value, of those that differ from the recipes' defaults; the names are the published ones."""
-    kinds: Any = RecipeArguments
-    defaults, found = _Parser(kinds, allow_abbrev=False).parse_args([]), {}
-    for field in fields(RecipeArguments):
+    defaults, found = _Parser(kind, allow_abbrev=False).parse_args([]), {}
+    for field in fields(kind):
         if field.init and getattr(namespace, field.name) != getattr(defaults, field.name):
             names = [*field.metadata.get("aliases", []), field.name]
             found[names[0].lstrip("-")] = getattr(namespace, field.name)
@@ -678,29 +697,33 @@ def default_output_dir(script: str) -> str:
     return os.path.join("output", Path(script).stem.removeprefix(SCRIPT_PREFIX) or "run")
 
 
-def read_flags(argv: list[str]) -> argparse.Namespace:
-    """The flags of a command line, such as a run's own in run.json, by their names; nothing is checked or prepared.
+def read_flags(argv: list[str], kind: Any = RecipeArguments) -> Any:
+    """The arguments of a command line, such as a run's own in run.json, as far as they say where its rows are.
+
+    Nothing else is checked, and the process is not prepared.
 
     Raises:
-        InputError: for an unknown flag.
+        InputError: for an unknown flag, or data that are not there.
     """
-    kinds: Any = RecipeArguments
-    return _Parser(kinds, allow_abbrev=False).parse_flags(argv)
+    args = object.__new__(kind)
+    vars(args).update(vars(_Parser(kind, allow_abbrev=False).parse_flags(argv)))
+    args._check_data()
+    return args
 
 
-def parse_args(argv: list[str] | None = None, **defaults) -> RecipeArguments:
+def parse_args(argv: list[str] | None = None, kind: Any = RecipeArguments, **defaults) -> RecipeArguments:
     """The arguments of a recipe, checked, and the process prepared for them, before anything expensive starts.
 
     Args:
         argv (list[str], optional): command line without the program's name.
+        kind (type[RecipeArguments]): the script's flags.
         **defaults: a task's own defaults, such as num_crops=4.
 
     Raises:
         InputError: for an unknown flag, a value out of range or flags that contradict each other.
     """
     usage = "torchrun --nproc_per_node=GPUS %(prog)s [flags]"
-    kinds: Any = RecipeArguments
-    parser = _Parser(kinds, allow_abbrev=False, usage=usage, formatter_class=_HelpFormatter)
+    parser = _Parser(kind, allow_abbrev=False, usage=usage, formatter_class=_HelpFormatter)
     parser.set_defaults(**defaults)
     namespace = parser.parse_flags(sys.argv[1:] if argv is None else argv)
     if namespace.output_dir is None:
@@ -711,8 +734,8 @@ def parse_args(argv: list[str] | None = None, **defaults) -> RecipeArguments:
     prepare_process(
         runs_on_cpu(namespace.use_cpu), namespace.ddp_backend, namespace.ddp_timeout, namespace.max_image_pixels
     )
-    args = RecipeArguments(**vars(namespace))
-    args.changed = _changed(namespace)
+    args = kind(**vars(namespace))
+    args.changed = _changed(namespace, kind)
     check_shared_memory(
         args.dataloader_num_workers,
         args.per_device_train_batch_size,

@@ -35,6 +35,7 @@ from phi3v.image_processing_phi3_v import MAX_NUM_CROPS, hd_size, padded_size
 from phi3v.processing_phi3_v import find_tags
 
 from .command_line import CommandParser
+from .data.clips import most_crops
 from .data.conversation import check_conversation, control_tokens, to_messages
 from .data.formats import (
     SPLITS,
@@ -206,9 +207,9 @@ def inspect_image(source: str | dict[str, Any], images: str, image_processor: Ph
         width, height = load_image(source).size if images == "decode" else image_size(source)
     except InputError as error:
         return ImageFigures(fault=str(error))
-    crop = image_processor.crop_size
-    width_padded, height_padded = padded_size(*hd_size(width, height, image_processor.num_crops, crop), crop)
-    tokens = image_processor.calc_num_image_tokens_from_image_size(width, height)
+    crop, [most] = image_processor.crop_size, most_crops([source], image_processor.num_crops)
+    width_padded, height_padded = padded_size(*hd_size(width, height, most, crop), crop)
+    tokens = image_processor.calc_num_image_tokens_from_image_size(width, height, most)
     return ImageFigures(size, 1 + width_padded * height_padded // crop**2, tokens)
 
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from phi3v.processing_phi3_v import IMAGE_TAG, find_tags
 
 from ..errors import InputError
+from .clips import Frame
 from .shown import printable, shown
 
 
@@ -23,7 +24,8 @@ class Turn:
         user (str): the question, not blank. Pictures are shown before it, unless user texts of the conversation hold tags:
             `<|image_1|>` then stands where the first of all its pictures belongs, and every picture needs its tag.
         answers (list[str]): acceptable answers; training picks one in each epoch, evaluation may compare with all.
-        images (list): pictures of this turn: paths, PIL images, or the {"bytes", "path"} of a `datasets.Image` column.
+        images (list): pictures of this turn: paths, PIL images, or the {"bytes", "path"} of a `datasets.Image` column; and what
+            `clips.clip_frames` makes of a clip.
         choices (list[str]): for a closed question all possible answers; evaluation then records their probabilities.
     """
 
@@ -41,10 +43,12 @@ class Conversation:
         id (str): the row's own, no other row of its split may have it: messages, predictions and the choice among several
             answers go by it. A row without one gets it in `load_splits`, such as its number.
         turns (list[Turn]): questions and answers in order, at least one.
+        source (str): where the row comes from, if there are several places: their losses and scores are told apart.
     """
 
     id: str
     turns: list[Turn]
+    source: str = ""
 
     @property
     def images(self) -> list:
@@ -100,7 +104,7 @@ def check_picture(value: Any) -> Any:
         path = value.get("path")
     if path.strip() if isinstance(path, str) else isinstance(path, os.PathLike):
         return value
-    if isinstance(value, Image.Image):
+    if isinstance(value, Image.Image | Frame):
         return value
     raise ValueError(f"expected a picture (a path, a PIL image or an object with bytes or path), found {shown(value)}")
 

@@ -46,8 +46,6 @@ from .schemas import (
 )
 from .shown import printable, shown
 
-MARK = "<image>"
-ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 SPLITS = ("train", "val", "validation", "dev", "test", "eval")
 
 
@@ -190,93 +188,29 @@ def _split_name(row: Row) -> str:
 
 
 def to_native(row: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Native row, image paths made whole, of a LLaVA, ShareGPT or OpenAI row with an id.
+    """Native row, image paths made whole, of a row with an id of any of the known forms.
 
     An image's tag `<|image_N|>` stands where its `<image>`, or its part of a message, stood.
 
     Raises:
         InputError: with the row's id and the field, if fields, roles, or images and `<image>` do not fit.
     """
-    where = sample_name(row)
     try:
-        chat = ChatRow.model_validate(row)
-    except ValidationError as error:
-        raise InputError(f"{where}{describe_fault(error, row)}") from None
-    sources: list[str | dict[str, Any]] = []
-    waiting = list(chat.images)
-    system = [chat.system] if chat.system else []
-    turns: list[dict[str, Any]] = []
-
-    def tag(source: str) -> str:
-        sources.append(_locate(source, folder))
-        return f"<|image_{len(sources)}|>"
-
-    def text_of_part(part: ChatPart) -> str:
-        if part.type == "text":
-            return part.text
-        source = part.image if part.type == "image" else part.image_url
-        if source is None and waiting:
-            source = waiting.pop(0)
-        if source is None:
-            raise InputError(f"expected a path, file:// or data: in the part of type {part.type}, found none")
-        # A line break after the tag, as in the processor's chat template.
-        return tag(source) + "\n"
-
-    def text_of(message: ChatMessage) -> str:
-        if isinstance(message.content, str):
-            return re.sub(MARK, lambda mark: tag(waiting.pop(0)) if waiting else mark[0], message.content)
-        return "".join(map(text_of_part, message.content))
-
-    field = "messages" if "messages" in row else "conversations"
-    for index, message in enumerate(chat.messages):
-        place = f"{where}{field}[{index}]"
-        placed = len(sources) if turns else 0
-        role, answered = ROLES[message.role], not turns or "assistant" in turns[-1]
-        try:
-            text = text_of(message)
-        except InputError as error:
-            raise InputError(f"{place}: {error}") from None
-        if role == "system" and not turns:
-            system.append(text)
-        elif role == "user" and answered:
-            turns.append({"images": sources[placed:], "user": "\n\n".join([*system, text])})
-            system = []
-        elif role == "assistant" and not answered:
-            turns[-1]["assistant"] = text
-        else:
-            expected = "user" if answered else "assistant"
-            raise InputError(f"{place}: expected a message of the {expected}, found one of {message.role}")
-    if turns and "assistant" not in turns[-1]:
-        raise InputError(f"{where}{field}: expected an answer to the last message of the user, found none")
-    left = sum(text.count(MARK) for turn in turns for text in (turn["user"], turn["assistant"]))
-    # Images that stand as parts of messages leave `<image>` a text like any other.
-    if waiting or (left and len(sources) == len(chat.images)):
-        count, found = len(chat.images), len(chat.images) - len(waiting) + left
-        raise InputError(f"{where}expected {count} placeholder(s) {MARK} for {count} image(s), found {found}")
-    return {"id": row["id"], "conversations": turns}
-
-
-def _locate(source: str, folder: Path) -> str | dict[str, Any]:
-    """Whole path of an image of a foreign row; of a data URI {"bytes", "path"}, the path made of its SHA-256."""
-    if source.startswith(("http://", "https://")):
-        raise InputError(
-            f"expected a path, file:// or data: as image, found {shown(source)}; download what is on the web"
-        )
-    if source.startswith("data:"):
-        match = re.fullmatch(r"data:image/(\w+);base64,(.+)", source, re.DOTALL)
-        try:
-            content = base64.b64decode(match[2], validate=True) if match else b""
-        except ValueError:
-            content = b""
-        if not match or not content:
-            raise InputError(f"expected data:image/TYPE;base64,..., found {shown(source)}")
-        return {"bytes": content, "path": f"{hashlib.sha256(content).hexdigest()}.{match[1]}"}
-    if source.startswith("file://"):
-        source = unquote(urlparse(source).path)
-    [path] = resolve_images({"images": [source]}, folder)["images"]
-    if not os.path.exists(path) and os.path.exists(folder / "images" / source):
-        [path] = resolve_images({"images": [f"images/{source}"]}, folder)["images"]
-    return path
+        row = locate_pictures(row, folder)
+    except InputError as error:
+        raise InputError(f"{sample_name(row)}{error}") from None
+    turns = known_conversation(row).turns
+    return {
+        "id": row["id"],
+        "conversations": [
+            {
+                "images": turn.images,
+                "user": turn.user,
+                "assistant": turn.answers[0] if len(turn.answers) == 1 else turn.answers,
+            }
+            for turn in turns
+        ],
+    }
 
 
 def convert(folder: Path, out: Path) -> None:

@@ -65,10 +65,10 @@ class Rows(Sequence):
         source, number = self._place(index)
         return source[number]
 
-    def values(self, index: int) -> Row:
-        """A row whose pictures' paths are as they stand in its file."""
+    def values(self, index: int, only: Sequence[str] | None = None) -> Row:
+        """A row whose pictures' paths are as they stand in its file; of some files `only` these columns are read."""
         source, number = self._place(index)
-        return source.values(number)
+        return source.values(number, only)
 
     def _place(self, index: int) -> tuple[Any, int]:
         number = int(self._numbers[index])

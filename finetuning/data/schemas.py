@@ -113,20 +113,18 @@ def _list_of_images(value: Any) -> Any:
     return [] if value in (None, "") else value if isinstance(value, list) else [value]
 
 
-def _url_of_image(value: Any) -> Any:
-    return value["url"] if isinstance(value, dict) and "url" in value else value
-
-
-ImageSource = Annotated[str, BeforeValidator(_url_of_image)]
+# Pictures of a row: none, one, or a list.
+Pictures = Annotated[list[Picture], BeforeValidator(_list_of_images)]
 
 
 class ChatPart(RowModel):
     """A part of a message: {"type": "text", "text"}, {"type": "image_url", "image_url": {"url"}}, {"type": "image", "image"}."""
 
     type: Literal["text", "image_url", "image"]
-    text: str = ""
-    image_url: ImageSource | None = None
-    image: ImageSource | None = None
+    # Null where a file of columns holds parts of several types.
+    text: str | None = None
+    image_url: Picture | None = None
+    image: Picture | None = None
 
 
 class ChatMessage(RowModel):
@@ -139,11 +137,19 @@ class ChatMessage(RowModel):
 class ChatRow(RowModel):
     """A row of LLaVA or ShareGPT (`conversations`) or of OpenAI's form (`messages`); `<image>` stands for the next image."""
 
+    id: RowId
     system: str | None = None
-    images: Annotated[list[str], BeforeValidator(_list_of_images)] = Field(
-        default=[], validation_alias=AliasChoices("images", "image")
-    )
+    images: Pictures = Field(default=[], validation_alias=AliasChoices("images", "image"))
     messages: list[ChatMessage] = Field(min_length=1, validation_alias=AliasChoices("messages", "conversations"))
+
+
+class QuestionRow(RowModel):
+    """A question and its answer, or acceptable answers, in columns; without a picture, with one or with several."""
+
+    id: RowId
+    images: Pictures = Field(default=[], validation_alias=AliasChoices("images", "image"))
+    question: Text
+    answers: Answers = Field(validation_alias=AliasChoices("answer", "answers"))
 
 
 def chat_format(row: Any) -> str | None:
@@ -160,8 +166,11 @@ def chat_format(row: Any) -> str | None:
 
 
 def conversion_advice(name: str) -> str:
-    """What to do with data of a chat format, as the end of a message."""
-    return f"found {name}, which this command converts: python -m finetuning.validate DIR --convert OUT"
+    """What to do with data of a form that a task's own script does not read, as the end of a message."""
+    return (
+        f"found {name}, which finetune_hf_trainer_own_data.py reads as it is, and this command converts: "
+        "python -m finetuning.validate DIR --convert OUT"
+    )
 
 
 def parse_row(row: Mapping[str, Any], *models: type[Model]) -> Model:

@@ -190,8 +190,8 @@ def run_files(args: RecipeArguments, folder: Path, shows_rows: bool) -> list[Com
 def without_paths(text: str, args: RecipeArguments) -> str:
     """A text in which the folders of the run are called by their own names, and the working and home folder by `.` and `~`."""
     folders = {os.getcwd(): ".", os.path.expanduser("~"): "~"}
-    for given in (args.output_dir, args.data_dir, args.model_name_or_path):
-        if given and os.path.isdir(given):
+    for given in (args.output_dir, *args.data_paths, args.model_name_or_path):
+        if given and os.path.exists(given):
             own_name = Path(given).resolve().name
             folders |= {
                 path: own_name for path in (given, os.path.abspath(given), os.path.realpath(given)) if "/" in path

@@ -78,10 +78,16 @@ class Model(torch.nn.Module):
 class Samples(list):
     """Samples whose lengths are known, as those of a ConversationDataset that has been checked."""
 
+    mixture, sources = None, ()
+
     def __init__(self, rows):
         super().__init__(rows)
         self.lengths = [(7, 90, 15, 33, 8, 60, 12, 40, 21, 9, 75, 11)[number % 12] for number in range(len(rows))]
         self.epochs, self.read = [], []
+
+    @property
+    def epoch_size(self):
+        return len(self)
 
     def sample(self, _):
         return self
