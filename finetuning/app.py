@@ -3,7 +3,7 @@
     python -m finetuning.app output/docvqa
     python -m finetuning.app microsoft/Phi-3.5-vision-instruct output/docvqa output/other
 
-Drop pictures, ask, read the answers while they are written; go on with more questions and pictures. Of a base that several
+Drop pictures or a clip, ask, read the answers while they are written; go on with more questions and pictures. Of a base that several
 folders need, one copy is in memory. Rows that a run got wrong are listed below, to click and ask again.
 
 Only this machine reaches the page, at http://127.0.0.1:7860, unless --host says otherwise: whoever reaches it may ask.
@@ -34,6 +34,7 @@ from .environment import prepare_process, runs_on_cpu
 from .errors import InputError, run_script
 from .results.examples import Example, join_examples, wrong_rows
 from .results.side_by_side import Answering, SideBySide
+from .results.uploads import MOST_FILES
 from .task_script import ROOT, load_script
 from .training.identity import RUN
 from .training.loading import trained_dtype
@@ -69,12 +70,21 @@ def parse_args(argv: list[str] | None = None) -> AppArguments:
     """
     parser = CommandParser("app", __doc__)
     add = parser.add_argument
-    add("folders", nargs="+", metavar="FOLDER", help="model, adapter, output folder or checkpoint-N; or ORGANISATION/NAME on the hub")
+    add(
+        "folders",
+        nargs="+",
+        metavar="FOLDER",
+        help="model, adapter, output folder or checkpoint-N; or ORGANISATION/NAME on the hub",
+    )
     add("--base", help="base model of the adapters, if it is not where their adapter_config.json says")
     add("--dtype", choices=DTYPES, help="precision of all (default: as trained, or as the weights are)")
     add("--quantize", choices=("none", "nf4"), help="weights of all in 4 bits (default: as trained)")
     add("--max_new_tokens", type=int, default=256, help="longest answer at first, in tokens (default: %(default)s)")
-    add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all of this machine's (default: %(default)s)")
+    add(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on; 0.0.0.0 for all of this machine's (default: %(default)s)",
+    )
     add("--port", type=int, help=f"port to listen on (default: the first free one from {PORTS[0]})")
     add("--max_upload_mb", type=int, default=20, help="largest file, in MB (default: %(default)s)")
     add("--max_image_pixels", type=int, default=50_000_000, help="largest picture, in pixels (default: %(default)s)")
@@ -202,7 +212,9 @@ def find_port(host: str, wanted: int | None) -> int:
         except OSError as error:
             found = error.strerror or str(error)
             if wanted or isinstance(error, socket.gaierror) or "assign" in found:
-                raise InputError(f"--host {printable(host)}: expected an address to listen on, port {port}, found: {found}; choose another") from None
+                raise InputError(
+                    f"--host {printable(host)}: expected an address to listen on, port {port}, found: {found}; choose another"
+                ) from None
     raise InputError(f"expected a free port from {PORTS[0]} to {PORTS[-1]}, found none; give --port")
 
 
@@ -213,16 +225,17 @@ def serve(
     import gradio
     from starlette.middleware import Middleware
 
-    from .results.chat_page import MOST_PICTURES, STYLE, Page
+    from .results.chat_page import STYLE, Page
     from .results.guard import Guard
 
     with tempfile.TemporaryDirectory(prefix="phi3v-app-", ignore_cleanup_errors=True) as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder
+        # Frames of uploaded clips too: gone with them, not in the user's own cache.
+        os.environ["GRADIO_TEMP_DIR"] = os.environ["HF_ASSETS_CACHE"] = folder
         # Gradio asks its own server whether it answers: not by way of a proxy.
         os.environ["NO_PROXY"] = os.environ["no_proxy"] = ",".join(filter(None, [os.environ.get("no_proxy"), *LOCAL]))
         hosts = {"127.0.0.1", "localhost", "[::1]"} if args.host in LOCAL else None
         largest = args.max_upload_mb * MB
-        guard = Middleware(Guard, uploads=Path(folder), hosts=hosts, largest_upload=MOST_PICTURES * largest)
+        guard = Middleware(Guard, uploads=Path(folder), hosts=hosts, largest_upload=MOST_FILES * largest)
         page = Page(models, titles, examples, Answering(max_new_tokens=args.max_new_tokens), Path(folder)).build()
         page.queue(max_size=32, api_open=False)
         # First, so that a signal while it starts is not lost.
@@ -247,7 +260,9 @@ def serve(
             theme=gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
             app_kwargs={"middleware": [guard], "docs_url": None, "redoc_url": None},
         )
-        print(f"http://{'[' + args.host + ']' if ':' in args.host else args.host}:{port}   (Ctrl-C ends it)", flush=True)
+        print(
+            f"http://{'[' + args.host + ']' if ':' in args.host else args.host}:{port}   (Ctrl-C ends it)", flush=True
+        )
         ended.wait()
         page.close(verbose=False)
 

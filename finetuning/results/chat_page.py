@@ -1,7 +1,6 @@
 """The page that `python -m finetuning.app` serves: conversations side by side, a box to ask in, rows that were answered wrongly."""
 
 import html
-import os
 import threading
 import traceback
 from collections import defaultdict
@@ -11,17 +10,15 @@ from typing import Any
 
 import gradio as gr
 
-from ..data.images import load_image
 from ..data.shown import printable
 from ..errors import InputError
 from .examples import Example, copy_picture
 from .side_by_side import Answering, Said, SideBySide
 from .talk import line_html, talk_html
 from .thumbnails import thumbnail
-from .unlabelled import ENDINGS
+from .uploads import TAKEN, first_pictures, shown_pictures, without_folders
 
 STYLE = Path(__file__).parent / "templates" / "app.css"
-MOST_PICTURES = 16  # of a question
 THUMBNAIL = 8_000  # bytes; the whole conversation is sent with each new turn
 AS_TRAINED = "as trained"
 # A click on a button inside tells which one it was.
@@ -83,9 +80,9 @@ class Page:
             box = gr.MultimodalTextbox(
                 show_label=False,
                 label="Question",
-                placeholder="Ask a question; drop, paste or choose pictures",
+                placeholder="Ask a question; drop, paste or choose pictures or a clip",
                 file_count="multiple",
-                file_types=list(ENDINGS),
+                file_types=list(TAKEN),
                 max_plain_text_length=100_000,
                 autofocus=True,
                 elem_id="box",
@@ -95,9 +92,13 @@ class Page:
                 stop = gr.Button("Stop", interactive=False, elem_id="stop")
                 new = gr.Button("New conversation", elem_id="new")
             with gr.Accordion("Settings", open=False, elem_id="settings"):
-                temperature = gr.Slider(0, 2, self.how.temperature, step=0.1, label="Temperature (0: always the likeliest word)")
+                temperature = gr.Slider(
+                    0, 2, self.how.temperature, step=0.1, label="Temperature (0: always the likeliest word)"
+                )
                 length = gr.Slider(1, 2048, self.how.max_new_tokens, step=1, label="Longest answer, in tokens")
-                crops = gr.Dropdown([AS_TRAINED, *map(str, range(1, 17))], value=AS_TRAINED, label="Most crops of a picture")
+                crops = gr.Dropdown(
+                    [AS_TRAINED, *map(str, range(1, 17))], value=AS_TRAINED, label="Most crops of a picture"
+                )
             settings = [temperature, length, crops]
             outputs = [box, line, talks, stop, *columns]
             # One at a time for all of them, whoever asks; the others wait in line.
@@ -105,7 +106,9 @@ class Page:
             at_once: dict[str, Any] = {"queue": False, "api_visibility": "private"}
             box.submit(self._ask, [box, talks, *settings], outputs, show_progress_on=[line], **shared)
             stop.click(self._stop, None, None, **at_once)
-            new.click(self._stop, None, None, **at_once).then(self._begin, None, outputs, show_progress="hidden", **shared)
+            new.click(self._stop, None, None, **at_once).then(
+                self._begin, None, outputs, show_progress="hidden", **shared
+            )
             if self.examples:
                 with gr.Accordion("Rows that were answered wrongly", open=True, elem_id="examples"):
                     gr.HTML("<p>A click puts a row's question and pictures into the box.</p>", js_on_load=None)
@@ -130,8 +133,10 @@ class Page:
         stopped.clear()
         shown: list[str] = [talk_html(said) for said in talks]
         try:
-            check_question(question, files)
-            thumbnails = [thumbnail(path, THUMBNAIL) for path in files]
+            if not question.strip():
+                raise InputError("question: expected text, found none; write what you want to know about the picture")
+            pictures = shown_pictures(files)
+            thumbnails = [thumbnail(picture, THUMBNAIL) for picture in first_pictures(pictures)]
         except InputError as error:
             yield gr.skip(), line_html(str(error), "error"), talks, gr.skip(), *shown
             return
@@ -141,7 +146,9 @@ class Page:
             shown[number:] = waiting
             yield gr.update(value=None), "", talks, gr.update(interactive=True), *shown
             try:
-                for found in self.models.ask(number, [item.turn for item in said], question, files, how, stopped.is_set):
+                for found in self.models.ask(
+                    number, [item.turn for item in said], question, pictures, how, stopped.is_set
+                ):
                     if isinstance(found, str):
                         shown[number] = talk_html(said, (question, thumbnails, found))
                         yield (*[gr.skip()] * 4, *shown)
@@ -178,28 +185,14 @@ class Page:
         example = self.examples[number]
         earlier = [Said(turn, turn.answers[0], "as the run was shown it") for turn in example.earlier]
         for said in earlier:
-            said.thumbnails = [thumbnail(source, THUMBNAIL) for source in said.turn.images]
+            said.thumbnails = [thumbnail(source, THUMBNAIL) for source in first_pictures(said.turn.images)]
         answers = [f"{run} answered: {answer or '(empty answer)'}" for run, answer in example.answers.items()]
         note = f"{example.id}: expected: {' or '.join(example.turn.answers)}; {'; '.join(answers)}"
-        files = [str(copy_picture(source, self.uploads / f"{number}-{place}")) for place, source in enumerate(example.turn.images)]
+        files = [
+            str(copy_picture(source, self.uploads / f"{number}-{place}"))
+            for place, source in enumerate(example.turn.images)
+        ]
         return self._begin({"text": example.turn.user, "files": files}, line_html(note, "note"), earlier)
-
-
-def check_question(question: str, files: Sequence[str]) -> None:
-    """Checks what was put into the box before any model is asked.
-
-    Raises:
-        InputError: for a blank question, too many pictures, or one that cannot be read to its end.
-    """
-    if not question.strip():
-        raise InputError("question: expected text, found none; write what you want to know about the picture")
-    if len(files) > MOST_PICTURES:
-        raise InputError(f"expected at most {MOST_PICTURES} pictures with a question, found {len(files)}")
-    for path in files:
-        try:
-            load_image(path)
-        except InputError as error:
-            raise InputError(without_folders(str(error), files)) from None
 
 
 def one_line(error: Exception, files: Sequence[str]) -> str:
@@ -208,13 +201,6 @@ def one_line(error: Exception, files: Sequence[str]) -> str:
         traceback.print_exception(error)
     first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return without_folders(printable(first, 400), files)
-
-
-def without_folders(text: str, files: Sequence[str]) -> str:
-    """A message that names uploaded files as the user knows them."""
-    for path in files:
-        text = text.replace(printable(path), printable(os.path.basename(path)))
-    return text
 
 
 def examples_html(examples: Sequence[Example]) -> str:

@@ -9,7 +9,18 @@ from urllib.parse import unquote
 PAGE = ("/", "/config", "/theme.css", "/favicon.ico", "/robots.txt", "/manifest.json")
 FILES = ("/assets/", "/static/", "/svelte/")
 API = "/gradio_api/"
-CALLS = {"app_id", "startup-events", "theme.css", "upload", "upload_progress", "queue/join", "queue/data", "run/predict", "cancel", "reset"}
+CALLS = {
+    "app_id",
+    "startup-events",
+    "theme.css",
+    "upload",
+    "upload_progress",
+    "queue/join",
+    "queue/data",
+    "run/predict",
+    "cancel",
+    "reset",
+}
 UPLOADED = f"{API}file="
 LARGEST_CALL = 2**20  # bytes, of a request that is no upload
 # Nothing is loaded from elsewhere, whatever a text on the page were to become. Gradio compiles its templates in the browser.

@@ -97,6 +97,10 @@ def _copy_of(number: int, item: Loading) -> tuple:
     if item.saved.adapter:
         config = check_adapter(item.saved.adapter)
         # Trained biases lie in the base's own layers, and PiSSA and its like take from the base what they begin with.
-        if config.get("bias", "none") != "none" or config.get("init_lora_weights", True) not in (True, False, "gaussian"):
+        if config.get("bias", "none") != "none" or config.get("init_lora_weights", True) not in (
+            True,
+            False,
+            "gaussian",
+        ):
             return (*key, number)
     return key
