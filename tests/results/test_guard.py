@@ -21,7 +21,7 @@ def request_status(tmp_path):
     (tmp_path / "uploads-beside" / "x.png").write_bytes(b"x")
     os.symlink(tmp_path / "secret.txt", uploads / "link.png")
 
-    async def server(scope, receive, send):
+    async def server(_, __, send):
         await send({"type": "http.response.start", "status": 200, "headers": [(b"X-Content-Type-Options", b"other")]})
         await send({"type": "http.response.body", "body": b""})
 
