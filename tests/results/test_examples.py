@@ -19,7 +19,7 @@ def leave_report(folder, found, after="answer"):
 
 
 def read_rows(found):
-    return lambda run: (found, made_run.to_conversation)
+    return lambda _: (found, made_run.to_conversation)
 
 
 def test_the_wrong_rows_stand_with_their_pictures_and_both_answers(tmp_path):
