@@ -190,7 +190,7 @@ class Page:
         note = f"{example.id}: expected: {' or '.join(example.turn.answers)}; {'; '.join(answers)}"
         files = [
             str(copy_picture(source, self.uploads / f"{number}-{place}"))
-            for place, source in enumerate(example.turn.images)
+            for place, source in enumerate(first_pictures(example.turn.images))
         ]
         return self._begin({"text": example.turn.user, "files": files}, line_html(note, "note"), earlier)
 

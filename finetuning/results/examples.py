@@ -1,5 +1,6 @@
 """Rows that a run got wrong, each ready to be asked again: question and earlier turns as in the run, pictures from its data folder."""
 
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +8,9 @@ from typing import Any
 
 from PIL import Image
 
+from ..data.clips import Frame
 from ..data.conversation import Conversation, Turn
+from ..data.files import check_regular_file
 from ..data.images import open_image
 from ..errors import InputError
 from ..training.identity import read_run
@@ -101,7 +104,7 @@ def _with_conversations(
 
 
 def copy_picture(source: Any, target: Path) -> Path:
-    """Copies a picture, byte for byte where it is not held decoded, under a name of its own.
+    """Copies a picture, byte for byte where it is not held decoded, under a name of its own; for a frame of a clip the clip.
 
     Args:
         source: see `open_image`.
@@ -110,6 +113,9 @@ def copy_picture(source: Any, target: Path) -> Path:
     Raises:
         InputError: see `open_image`.
     """
+    if isinstance(source, Frame):
+        check_regular_file(source.path, "a video file")
+        return Path(shutil.copyfile(source.path, target.with_suffix(Path(source.path).suffix.lower())))
     image = open_image(source)
     if isinstance(source, Image.Image):
         target = target.with_suffix(".png")

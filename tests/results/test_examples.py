@@ -7,6 +7,7 @@ import pytest
 import recipe
 from PIL import Image
 
+from finetuning.data.clips import clip_frames
 from finetuning.errors import InputError
 from finetuning.results.examples import copy_picture, join_examples, wrong_rows
 
@@ -80,5 +81,7 @@ def test_a_picture_is_copied_as_it_is(tmp_path, name):
         copied = copy_picture(source, tmp_path / "copy")
         assert copied.read_bytes() == path.read_bytes()
         assert copied.suffix in {"PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp", "TIFF": ".tif"}[name]
+    clip = copy_picture(clip_frames(path, 2)[0], tmp_path / "clip")
+    assert (clip.name, clip.read_bytes()) == ("clip", path.read_bytes())
     with Image.open(copy_picture(recipe.page("1"), tmp_path / "held")) as held:
         assert held.tobytes() == recipe.page("1").tobytes()
