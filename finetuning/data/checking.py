@@ -172,10 +172,15 @@ class Checker:
             except InputError as error:
                 refuse(item.index, item.where, f"{item.where}: {error}")
         lengths[missing] = conversation_lengths([good[place].conversation for place in missing], tokens, self.processor)
-        for item, length in zip(good, lengths.tolist(), strict=True):
+        # A damaged picture that is to be answered is left out now, not met in the middle of an evaluation.
+        decoded = self.skip and self.split == "eval"
+        most = self.args.max_length
+        longer = np.flatnonzero(lengths > most).tolist() if most is not None else []
+        for place in range(len(good)) if decoded else longer:
+            item = good[place]
             try:
-                check_length(length, self.args.max_length, f"sample {printable(item.conversation.id)}")
-                if self.skip and self.split == "eval" and counted(item.index):
+                check_length(int(lengths[place]), most, f"sample {printable(item.conversation.id)}")
+                if decoded and counted(item.index):
                     load_images(item.conversation)
             except InputError as error:
                 refuse(item.index, item.where, f"{item.where}: {error}")

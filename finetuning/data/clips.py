@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import xxhash
 from huggingface_hub.constants import HF_ASSETS_CACHE
 
 from ..errors import InputError
 from .files import check_regular_file
-from .shown import printable
+from .shown import printable, shown
 
 # Most crops of a frame, as the official advice is for several images; a picture takes --num_crops.
 CLIP_CROPS = 4
@@ -44,9 +44,40 @@ class Frame:
         return f"{self.path}, frame {self.number + 1} of {self.num_frames}"
 
 
+@dataclass(frozen=True)
+class Clip:
+    """A clip in a row.
+
+    Args:
+        path (str): its file.
+        num_frames (int): how many frames are shown.
+    """
+
+    path: str
+    num_frames: int
+
+    @property
+    def frames(self) -> list[Frame]:
+        """Its frames, which stand for pictures in `Turn.images`; nothing is opened."""
+        return clip_frames(self.path, self.num_frames)
+
+
 def clip_frames(path: str | os.PathLike, num_frames: int) -> list[Frame]:
-    """The frames of a clip, which stand for its pictures in `Turn.images`; nothing is opened."""
+    """The frames of a clip, which stand for pictures in `Turn.images`; nothing is opened."""
     return [Frame(os.fspath(path), number, num_frames) for number in range(num_frames)]
+
+
+def check_clip(value: Any) -> Clip:
+    """The value, if it is a clip.
+
+    Raises:
+        ValueError: for anything else, with what was expected and found.
+    """
+    if isinstance(value, Clip):
+        return value
+    if isinstance(value, str) and value.strip():
+        raise ValueError("expected pictures, found a clip, which finetune_hf_trainer_own_data.py reads")
+    raise ValueError(f"expected the path of a clip, found {shown(value)}")
 
 
 def most_crops(sources: Sequence, num_crops: int) -> list[int]:

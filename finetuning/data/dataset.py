@@ -2,7 +2,8 @@
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -56,7 +57,7 @@ class ConversationDataset(torch.utils.data.Dataset):
         bad_rows (list[BadRow]): rows that were left out.
         skip_bad (bool): a row that turns out to be damaged when it is read gives no sample, and a line; else an error.
         mixture (Mixture, optional): which rows an epoch trains; by default every row once.
-        sources (Sequence[str]): names of the places that the rows come from, see `Conversation.source`.
+        sources (Mapping[str, int], optional): name of each place that rows come from, see `Conversation.source` -> its rows.
     """
 
     def __init__(
@@ -71,12 +72,12 @@ class ConversationDataset(torch.utils.data.Dataset):
         bad_rows: Sequence[BadRow] = (),
         skip_bad: bool = False,
         mixture: Mixture | None = None,
-        sources: Sequence[str] = (),
+        sources: Mapping[str, int] | None = None,
     ):
         self.rows, self.to_conversation, self.processor = rows, to_conversation, processor
         self.lengths, self.max_length, self.seed = lengths, max_length, seed
         self.fingerprints, self.bad_rows, self.skip_bad = Fingerprints.of(fingerprints), list(bad_rows), skip_bad
-        self.mixture, self.sources = mixture, list(sources)
+        self.mixture, self.sources = mixture, dict(sources or {})
         # In shared memory, so that workers that live on from epoch to epoch see it too.
         self._epoch = torch.zeros((), dtype=torch.long).share_memory_()
 
@@ -146,8 +147,11 @@ def build_dataset(
     """
     purpose = {"train": "to train on", "eval": "to answer"}[split]
     if not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__") or isinstance(rows, (str, dict)):
+        # What `load_dataset(streaming=True)` gives: too large for a list, or it would not be streamed.
+        streamed = type(rows).__name__ == "IterableDataset"
+        cure = "load_dataset without streaming=True keeps the rows on the disk" if streamed else "list(...) makes one"
         raise InputError(
-            f"load_splits: expected a list or datasets.Dataset of rows {purpose}, found {type(rows).__name__}; list(...) makes one"
+            f"load_splits: expected a list or datasets.Dataset of rows {purpose}, found {type(rows).__name__}; {cure}"
         )
     if split == "eval":
         rows = sample_rows(rows, args.eval_size)
@@ -175,7 +179,7 @@ def build_dataset(
         found.bad,
         args.on_bad_row == "skip",
         _mixture(found.sources, args) if split == "train" else None,
-        list(dict.fromkeys(found.sources)),
+        Counter(found.sources),
     )
 
 

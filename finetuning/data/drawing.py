@@ -12,6 +12,7 @@ from scipy.sparse.csgraph import connected_components
 from xxhash import xxh3_64_digest, xxh3_64_intdigest
 
 from ..errors import InputError
+from .clips import Frame
 from .fingerprint import digest
 from .known_forms import known_conversation
 from .rows import Row
@@ -83,6 +84,7 @@ def _keys(rows: Sequence[Row], number: int) -> Iterator[int]:
         yield xxh3_64_intdigest(f"row {number}".encode())
         return
     for source in conversation.images:
+        source = source.path if isinstance(source, Frame) else source
         yield _content(source) if isinstance(source, str) else _content_of_bytes(source)
     if not conversation.images:
         yield int.from_bytes(digest([turn.user for turn in conversation.turns]))

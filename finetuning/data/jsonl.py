@@ -86,7 +86,8 @@ def iterate_rows(path: str | os.PathLike) -> Iterator[tuple[int, dict[str, Any] 
 def parse_object(line: str) -> dict[str, Any] | InputError:
     """The object that a text holds, or what is wrong with it; bytes that are no UTF-8 stand in it as surrogates."""
     try:
-        line.encode()
+        if not line.isascii():
+            line.encode()
     except UnicodeEncodeError as error:
         return InputError(f"expected UTF-8 text, found the byte {ord(line[error.start]) - 0xDC00:#x}")
     return _parse(line, None)[0]

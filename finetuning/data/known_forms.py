@@ -14,8 +14,9 @@ from urllib.parse import unquote, urlparse
 from pydantic import ValidationError
 
 from ..errors import InputError
+from .clips import Clip
 from .conversation import Conversation, Turn
-from .rows import resolve_images
+from .rows import Row, resolve_images
 from .schemas import (
     ChatMessage,
     ChatPart,
@@ -24,12 +25,15 @@ from .schemas import (
     QuestionRow,
     chat_format,
     describe_fault,
+    frames_of,
     parse_row,
     sample_name,
 )
 from .shown import printable, shown
 
-MARK = "<image>"
+MARK, VIDEO_MARK = "<image>", "<video>"
+MARKS = re.compile(f"{MARK}|{VIDEO_MARK}")
+VIDEO_FIELDS = ("video", "videos")
 ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 CURE = "--columns question=NAME and so on say which column is which"
 
@@ -47,6 +51,12 @@ def known_conversation(row: Mapping[str, Any]) -> Conversation:
     """
     if not isinstance(row, Mapping):
         raise InputError(f"expected a row with named fields, found {shown(row)}")
+    conversation = _of_form(row)
+    conversation.source = row.source if isinstance(row, Row) else ""
+    return conversation
+
+
+def _of_form(row: Mapping[str, Any]) -> Conversation:
     if chat_format(row):
         return _chat(row)
     if "conversations" in row:
@@ -60,29 +70,36 @@ def known_conversation(row: Mapping[str, Any]) -> Conversation:
     )
 
 
-def locate_pictures(row: Mapping[str, Any], folder: str | os.PathLike) -> dict[str, Any]:
-    """The row with whole paths of its pictures, and the bytes of those that are data URIs.
+def locate_pictures(row: Mapping[str, Any], folder: str | os.PathLike, num_frames: int) -> dict[str, Any]:
+    """The row with whole paths of its pictures, the bytes of those that are data URIs, and a `Clip` for each path of a clip.
 
-    In the native form a path is relative to images/ in the folder; in all others to the folder or to its images/.
+    In the native form a path of a picture is relative to images/ in the folder; all others to the folder or to its images/.
+
+    Args:
+        row (Mapping): of any form.
+        folder (path): what paths are relative to.
+        num_frames (int): frames of a clip.
 
     Raises:
         InputError: with the field, if a path leaves the folder or is none that can be read.
     """
-    if chat_format(row) is None and not is_question(row):
-        return resolve_images(row, folder)
-    row = dict(row)
-    for key in ("image", "images"):
+    native = chat_format(row) is None and not is_question(row)
+    row = _with_clips(resolve_images(row, folder) if native else dict(row), folder, num_frames, "")
+    for key in () if native else ("image", "images"):
         if key in row:
             row[key] = _located(row[key], folder, key)
     for key in ("messages", "conversations"):
         if isinstance(row.get(key), list):
-            row[key] = [_located_in(message, folder, f"{key}[{n}]") for n, message in enumerate(row[key])]
+            row[key] = [_located_in(message, folder, num_frames, f"{key}[{n}]") for n, message in enumerate(row[key])]
     return row
 
 
-def _located_in(message: Any, folder: str | os.PathLike, place: str) -> Any:
-    """A message with the pictures among its parts located."""
-    content = message.get("content") if isinstance(message, dict) else None
+def _located_in(message: Any, folder: str | os.PathLike, num_frames: int, place: str) -> Any:
+    """A message, or a turn of the native form, with its clips and the pictures among its parts located."""
+    if not isinstance(message, dict):
+        return message
+    message = _with_clips(message, folder, num_frames, f"{place}.")
+    content = message.get("content")
     if not isinstance(content, list):
         return message
     parts = []
@@ -93,8 +110,31 @@ def _located_in(message: Any, folder: str | os.PathLike, place: str) -> Any:
                 key: _located(value, folder, field + key) if key in ("image", "image_url") else value
                 for key, value in part.items()
             }
+            part = _with_clips(part, folder, num_frames, field)
         parts.append(part)
     return {**message, "content": parts}
+
+
+def _with_clips(values: dict[str, Any], folder: str | os.PathLike, num_frames: int, place: str) -> dict[str, Any]:
+    """The same with a `Clip` for each path in its fields of clips."""
+    clips = {key: _clips_at(values[key], folder, num_frames, place + key) for key in VIDEO_FIELDS if key in values}
+    return {**values, **clips}
+
+
+def _clips_at(value: Any, folder: str | os.PathLike, num_frames: int, field: str) -> Any:
+    """A `Clip` for a path, or one for each of a list; what is no path is left for the row's model."""
+    if isinstance(value, list):
+        return [_clips_at(item, folder, num_frames, f"{field}[{number}]") for number, item in enumerate(value)]
+    if isinstance(value, dict) and isinstance(value.get("path"), str):
+        value = value["path"]
+    if not isinstance(value, str) or not value:
+        return value
+    if value.startswith(("http://", "https://", "data:")):
+        raise InputError(f"{field}: expected a path of a clip, found {shown(value)}; make a file of it")
+    try:
+        return Clip(str(_locate(value, folder)), num_frames)
+    except InputError as error:
+        raise InputError(f"{field}: {error}".replace("an image path", "a path")) from None
 
 
 def _located(value: Any, folder: str | os.PathLike, field: str) -> Any:
@@ -158,13 +198,13 @@ def _question(row: Mapping[str, Any]) -> Conversation:
     except ValidationError as error:
         cure = f"; {CURE}" if error.errors()[0]["type"] == "missing" else ""
         raise InputError(f"{sample_name(row)}{describe_fault(error, row)}{cure}") from None
-    turn = Turn(asked.question, asked.answers, asked.images)
-    if MARK in asked.question and asked.images:
+    turn = Turn(asked.question, asked.answers, asked.images + frames_of(asked.videos))
+    if turn.images and MARKS.search(asked.question):
         messages = [
             ChatMessage(role="user", content=asked.question),
             ChatMessage(role="assistant", content=asked.answers[0]),
         ]
-        chat = ChatRow(id=asked.id, images=asked.images, messages=messages)
+        chat = ChatRow(id=asked.id, images=asked.images, videos=asked.videos, messages=messages)
         [turn] = _ChatReader(chat, "question", sample_name(row)).turns()
         turn.answers = asked.answers
     return Conversation(asked.id, [turn])
@@ -172,6 +212,9 @@ def _question(row: Mapping[str, Any]) -> Conversation:
 
 class _ChatReader:
     """The turns of a chat: `<image>` and parts without a path take the next picture, a tag `<|image_N|>` stands in their place.
+
+    `<video>` takes the next clip, whose frames' tags stand in its place. Where there are clips and no pictures, `<image>` may stand
+    for a clip, as in LLaVA-Video.
 
     Args:
         chat (ChatRow): the row.
@@ -182,7 +225,12 @@ class _ChatReader:
     def __init__(self, chat: ChatRow, field: str, where: str):
         self.chat, self.field, self.where = chat, field, where
         self.sources: list[Any] = []
-        self.waiting = list(chat.images)
+        self.given: dict[str, list[Any]] = {MARK: list(chat.images), VIDEO_MARK: list(chat.videos)}
+        texts = [message.content for message in chat.messages if isinstance(message.content, str)]
+        if chat.videos and not chat.images and any(MARK in text for text in texts) and VIDEO_MARK not in "".join(texts):
+            self.given = {MARK: list(chat.videos), VIDEO_MARK: []}
+        self.waiting = {mark: list(sources) for mark, sources in self.given.items()}
+        self.in_parts: set[str] = set()
 
     def turns(self) -> list[Turn]:
         """Questions and answers, system messages before the first question.
@@ -218,30 +266,41 @@ class _ChatReader:
         return turns
 
     def _check_marks(self, turns: list[Turn]) -> None:
-        left = sum(text.count(MARK) for turn in turns for text in (turn.user, *turn.answers))
-        # Images that stand as parts of messages leave `<image>` a text like any other.
-        if self.waiting or (left and len(self.sources) == len(self.chat.images)):
-            count, found = len(self.chat.images), len(self.chat.images) - len(self.waiting) + left
-            raise InputError(f"{self.where}expected {count} placeholder(s) {MARK} for {count} image(s), found {found}")
+        for mark, waiting in self.waiting.items():
+            left = sum(text.count(mark) for turn in turns for text in (turn.user, *turn.answers))
+            # Images that stand as parts of messages leave `<image>` a text like any other.
+            if waiting or (left and mark not in self.in_parts):
+                count = len(self.given[mark])
+                kind = "clip" if mark == VIDEO_MARK or isinstance(next(iter(self.given[mark]), None), Clip) else "image"
+                found = count - len(waiting) + left
+                raise InputError(
+                    f"{self.where}expected {count} placeholder(s) {mark} for {count} {kind}(s), found {found}"
+                )
 
     def _tag(self, source: Any) -> str:
+        if isinstance(source, Clip):
+            return "\n".join(map(self._tag, source.frames))
         self.sources.append(source)
         return f"<|image_{len(self.sources)}|>"
 
     def _text(self, message: ChatMessage) -> str:
         if isinstance(message.content, str):
-            return re.sub(
-                MARK, lambda mark: self._tag(self.waiting.pop(0)) if self.waiting else mark[0], message.content
+            return MARKS.sub(
+                lambda mark: self._tag(self.waiting[mark[0]].pop(0)) if self.waiting[mark[0]] else mark[0],
+                message.content,
             )
         return "".join(map(self._part, message.content))
 
     def _part(self, part: ChatPart) -> str:
         if part.type == "text":
             return part.text or ""
-        source = part.image if part.type == "image" else part.image_url
-        if source is None and self.waiting:
-            source = self.waiting.pop(0)
-        if source is None:
+        mark = VIDEO_MARK if part.type == "video" else MARK
+        source = {"image": part.image, "video": part.video}.get(part.type, part.image_url)
+        if source is not None:
+            self.in_parts.add(mark)
+        elif self.waiting[mark]:
+            source = self.waiting[mark].pop(0)
+        else:
             raise InputError(f"expected a path, file:// or data: in the part of type {part.type}, found none")
         # A line break after the tag, as in the processor's chat template.
         return self._tag(source) + "\n"

@@ -61,8 +61,9 @@ def load_own_data(args: "OwnDataArguments") -> tuple[Sequence[Row], Sequence[Row
 def read_sources(args: "OwnDataArguments") -> list[OwnSource]:
     """Each source of --data_dir, or the one of --dataset, with its rows to train on and to answer; see `load_own_data`."""
     sources = [_from_hub(args)] if args.dataset else [_from_files(source.path, args) for source in args.sources]
-    if len(sources) > 1:
-        _prefix_ids(sources)
+    for source, name in zip(sources, args.source_names, strict=False):
+        for file in source.files:
+            file.source = name
     names = [args.eval_split] if args.eval_split else list(EVALUATION)
     found = [next((name for name in names if name in source.splits), None) for source in sources]
     # Where a source is a test file, the others are to be trained.
@@ -105,7 +106,7 @@ def _draw(source: OwnSource, args: "OwnDataArguments") -> None:
 def _from_files(path: str, args: "OwnDataArguments") -> OwnSource:
     names = [args.eval_split] if args.eval_split else []
     paths = data_files(Path(path))
-    files = [open_file(file, args.column_of) for file in paths]
+    files = [open_file(file, args.column_of, args.num_frames) for file in paths]
     of_file = [split_of(file, (*EVALUATION, *names)) for file in paths]
     return OwnSource(printable(path), files, _sort_rows(files, of_file))
 
@@ -115,19 +116,10 @@ def _from_hub(args: "OwnDataArguments") -> OwnSource:
     splits = load_hub_splits(args, name, config or None)
     # A picture that is a file of the repository lies in the cache.
     files = [
-        OwnRows(ArrowRows(rows, f"{name} ({split})"), split, HF_HUB_CACHE, args.column_of)
+        OwnRows(ArrowRows(rows, f"{name} ({split})"), split, HF_HUB_CACHE, args.column_of, args.num_frames)
         for split, rows in splits.items()
     ]
     return OwnSource(str(args.dataset), files, _sort_rows(files, list(splits)))
-
-
-def _prefix_ids(sources: list[OwnSource]) -> None:
-    """Ids are one's own among the rows of a source; among those of several they begin with its name."""
-    names = [Path(source.name).resolve().stem for source in sources]
-    for number, source in enumerate(sources):
-        twice = names.count(names[number]) > 1
-        for file in source.files:
-            file.prefix = f"{names[number]}{f'-{number + 1}' if twice else ''}/"
 
 
 def _sort_rows(files: list[OwnRows], of_file: list[str]) -> dict[str, Rows]:

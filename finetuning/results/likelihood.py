@@ -38,7 +38,9 @@ def measure_loss(model: Any, dataset: ConversationDataset, args: RecipeArguments
     sums = torch.zeros(3, dtype=torch.float64)
     with precision(model, args.compute_dtype):
         for batch in loader:
-            sums += _sums(model, {name: value.to(args.device) for name, value in batch.items() if name != "ids"})
+            sums += _sums(
+                model, {name: value.to(args.device) for name, value in batch.items() if name not in ("ids", "sources")}
+            )
     if args.world_size > 1:
         sums = sums.to(args.device)
         dist.all_reduce(sums)

@@ -25,6 +25,7 @@ from .card import write_card
 from .charts import smooth, thin
 from .classes import class_tables, closed_classes, count_answers
 from .curves import finite_logs, more_charts, points_of, run_charts, score_points
+from .evaluation import MEASURED
 from .overview import describe_run, describe_score, list_facts, show, show_interval, summarise
 from .page import write_page
 from .plots import plot_confusion, plot_curves
@@ -268,6 +269,8 @@ def _score_stage(folder: Path, stage: str, predictions: list[Prediction], score:
     with suppress(OSError, ValueError):
         result = json.loads((folder / f"eval_{stage.replace(' ', '_')}.json").read_text(encoding="utf-8"))
         found["seconds"] = result.get("seconds")
+        if found["figures"] and "measured_by" in result:
+            found["figures"] |= {name: result[name] for name in MEASURED}
     found["count"] = len(predictions)
     return found
 

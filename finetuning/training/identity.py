@@ -32,7 +32,7 @@ WITHOUT_EFFECT = {
     *("prediction_loss_only", "per_device_eval_batch_size", "bf16_full_eval", "fp16_full_eval", "do_train", "do_eval"),
     *("do_predict", "label_names"),
     # which rows there are: their conversations are compared
-    *("data_dir", "dataset", "columns", "eval_share", "full_train", "check", "on_bad_row", "max_bad_rows", "max_image_pixels", "max_length"),
+    *("data_dir", "dataset", "columns", "eval_share", "num_frames", "full_train", "check", "on_bad_row", "max_bad_rows", "max_image_pixels", "max_length"),
     # how the same steps are computed, spread and fed; the number of processes is compared by itself
     *("per_device_train_batch_size", "gradient_accumulation_steps", "activation_checkpointing", "recompute"),
     *("activation_checkpointing_kwargs", "gradient_checkpointing", "gradient_checkpointing_kwargs", "local_rank"),
@@ -114,7 +114,8 @@ def write_run(folder: Path, record: dict[str, Any], rows: Mapping[str, Sequence[
             for split, known in rows.items()
         ]
         table = pa.concat_tables(tables)
-        pq.write_table(table, folder / f"{ROWS}.part", compression="zstd")
+        # In groups: what is being written of one is held in memory a second time.
+        pq.write_table(table, folder / f"{ROWS}.part", compression="zstd", row_group_size=100_000)
         (folder / f"{ROWS}.part").replace(folder / ROWS)
     aside = folder / f"{RUN}.part"
     aside.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -14,6 +14,8 @@ from phi3v import Phi3VProcessor
 from .loading import read_adapter, read_model, read_processor
 from .saved import SavedModel, check_adapter
 
+OWN_COPY = "default"
+
 
 @dataclass
 class Loading:
@@ -65,42 +67,33 @@ def open_several(wanted: Sequence[Loading], device: torch.device) -> list[Opened
         InputError: see `read_processor`, `read_model` and `read_adapter`.
     """
     processors = [read_processor(item.saved) for item in wanted]
-    keys = [_copy_of(number, item) for number, item in enumerate(wanted)]
+    names = [_name_adapter(number, item.saved) for number, item in enumerate(wanted)]
     models: dict[tuple, Any] = {}
-    # First the bases, on which all adapters are then put; last the adapters, in the order of the call.
-    for item, key in zip(wanted, keys, strict=True):
+    opened = []
+    for number, (item, name, processor) in enumerate(zip(wanted, names, processors, strict=True)):
+        key = (os.path.realpath(item.saved.folder), item.dtype, item.in_4_bits, number if name == OWN_COPY else None)
         if key not in models:
             models[key] = read_model(item.saved, item.dtype, "sdpa", item.in_4_bits, device)
-    for number, (item, key) in enumerate(zip(wanted, keys, strict=True)):
-        if item.saved.adapter:
-            models[key] = read_adapter(models[key], item.saved, _name(number))
-    return [
-        Opened(
-            item.saved,
-            processor,
-            item.dtype,
-            models[key],
-            _name(number) if item.saved.adapter else None,
-            list(models).index(key),
-        )
-        for number, (item, key, processor) in enumerate(zip(wanted, keys, processors, strict=True))
-    ]
+        if name:
+            models[key] = read_adapter(models[key], item.saved, name)
+        opened.append(Opened(item.saved, processor, item.dtype, None, name, list(models).index(key)))
+    for item in opened:
+        # Now that all adapters are over them: the first one has made another object of its base.
+        item.model = list(models.values())[item.copy]
+    return opened
 
 
-def _name(number: int) -> str:
-    return f"adapter_{number}"
-
-
-def _copy_of(number: int, item: Loading) -> tuple:
-    """What the copy of the base is known by that a model lies in; a number where it can share none."""
-    key = (os.path.realpath(item.saved.folder), item.dtype, item.in_4_bits)
-    if item.saved.adapter:
-        config = check_adapter(item.saved.adapter)
-        # Trained biases lie in the base's own layers, and PiSSA and its like take from the base what they begin with.
-        if config.get("bias", "none") != "none" or config.get("init_lora_weights", True) not in (
-            True,
-            False,
-            "gaussian",
-        ):
-            return (*key, number)
-    return key
+def _name_adapter(number: int, saved: SavedModel) -> str | None:
+    """What PEFT shall know an adapter by: `OWN_COPY` where the base can be no other's; None for a whole model."""
+    if not saved.adapter:
+        return None
+    config = check_adapter(saved.adapter)
+    # Trained biases lie in the base's own layers, PiSSA and its like take from the base what they begin with, and parts that
+    # were trained in full are as large as what they stand for.
+    if (
+        config.get("bias", "none") == "none"
+        and config.get("init_lora_weights", True) in (True, False, "gaussian")
+        and not config.get("modules_to_save")
+    ):
+        return f"adapter_{number}"
+    return OWN_COPY

@@ -14,6 +14,7 @@ from ..errors import InputError
 from .fitting import settle_memory
 from .identity import read_run, write_run
 from .parts import PARTS, model_part
+from .rates import describe_rates, has_rates
 
 
 def print_summary(model, args: RecipeArguments, dataset: ConversationDataset) -> None:
@@ -51,6 +52,9 @@ def describe(model, args: RecipeArguments, dataset: ConversationDataset) -> str:
     counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     dtypes: dict[str, set[str]] = defaultdict(set)
     for name, parameter in model.named_parameters():
+        if ".original_module." in name:
+            # The base's own, of which PEFT trains a copy.
+            continue
         # Two 4-bit weights are packed in one byte.
         packed = parameter.dtype == torch.uint8
         counts[model_part(name)][0 if parameter.requires_grad else 1] += parameter.numel() * (2 if packed else 1)
@@ -79,6 +83,7 @@ def describe(model, args: RecipeArguments, dataset: ConversationDataset) -> str:
     empty = f"; {places - args.batch_size} of {places} places stay empty" if places > args.batch_size else ""
     lines += [
         f"strategy         {args.strategy}; {_engine(args)}",
+        *[f"learning rates   {describe_rates(args)}"] * has_rates(args),
         f"device           {_device_name(args)}; compute {compute}; attention {attention}; recomputed: {args.recompute}{compiled}",
         f"effective batch  {args.batch_size} = {ranks} rank(s) x {micro} micro-batch x {args.gradient_accumulation_steps} "
         f"accumulation{empty}",
@@ -96,7 +101,10 @@ def describe(model, args: RecipeArguments, dataset: ConversationDataset) -> str:
 def _describe_rows(dataset: ConversationDataset) -> list[str]:
     mixture = dataset.mixture
     if mixture is None:
-        return [f"rows             {len(dataset)}, each once an epoch"]
+        several = ", ".join(f"{rows:,} of {name}" for name, rows in dataset.sources.items())
+        return [
+            f"rows             {len(dataset)}, each once an epoch{f': {several}' if len(dataset.sources) > 1 else ''}"
+        ]
     lines = [f"rows             {len(dataset)}, of which an epoch takes {dataset.epoch_size} samples:"]
     for name, rows, samples in zip(mixture.names, mixture.rows, mixture.samples, strict=True):
         lines.append(f"                 {samples:,} of {name}, which has {rows:,} ({samples / rows:.4g} times each)")

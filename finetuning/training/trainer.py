@@ -29,6 +29,7 @@ from .checkpoint import final_files, seal
 from .fitting import out_of_memory
 from .identity import read_run
 from .progress import Progress
+from .rates import group_by_rate, lora_plus_optimizer, rates_of
 from .signals import spare_workers
 from .source_losses import SourceLosses
 from .trackers import log_answers, write_beside_the_run
@@ -111,7 +112,10 @@ class RecipeTrainer(Trainer):
         return loader
 
     def create_optimizer(self, model=None):
+        if self.args.lora_plus_ratio is not None and self.optimizer is None:
+            self.optimizer = lora_plus_optimizer(model or self.model, self.args)
         optimizer = super().create_optimizer(model)
+        optimizer.param_groups[:] = group_by_rate(optimizer.param_groups, model or self.model, self.args)
         if self.args.deepspeed_config and type(optimizer).__module__.startswith("bitsandbytes"):
             optimizer.param_groups[:] = [part for group in optimizer.param_groups for part in _split(group)]
         return optimizer
@@ -135,7 +139,7 @@ class RecipeTrainer(Trainer):
         if not self.args.do_train:
             return nothing
         self._pending.checkpoint = resume_from_checkpoint
-        self._source_losses = SourceLosses(self.train_dataset.sources)
+        self._source_losses = SourceLosses(list(self.train_dataset.sources))
         try:
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         except torch.OutOfMemoryError as error:
@@ -184,6 +188,7 @@ class RecipeTrainer(Trainer):
         if "loss" in logs:
             logs["loss"] = self._pending.pop_mean(self.state)
             logs |= self._progress.pop_figures(self.args, self.state) | self._source_losses.pop()
+            logs |= rates_of(self.optimizer)
         super().log(logs, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

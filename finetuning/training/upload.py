@@ -31,7 +31,7 @@ SHOWING_ROWS = ("report.html", "confusion.png")
 # Texts in which a library or the recipe may have written a path.
 WITH_PATHS = {"report.html", "config.json", "adapter_config.json", "tokenizer_config.json"}
 # What `find_saved` needs of a run.
-SETTINGS = ("use_lora", "use_qlora", "bf16", "fp16")
+SETTINGS = ("use_lora", "use_qlora", "vision", "projector", "language", "bf16", "fp16")
 # Of the two clients, the second in Rust.
 UPLOAD_ERRORS = (OSError, httpx2.HTTPError, HfHubHTTPError, ValueError, RuntimeError)
 SECONDS = 120  # for one answer of the hub, which may be long in writing a commit

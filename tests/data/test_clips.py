@@ -1,6 +1,7 @@
 """Clips in rows: their frames against those that PyAV decodes, their lengths, and the cache that keeps them."""
 
 import io
+import json
 import os
 import re
 import threading
@@ -14,13 +15,17 @@ import tiny
 from clips import make_clip, make_sound, number_in, turn_clip
 from PIL import Image
 
+from finetuning import validate
 from finetuning.data import clips
 from finetuning.data.clips import CLIP_CROPS, Frame, cache_folder, clip_frames, frame_jpeg, most_crops
-from finetuning.data.conversation import Conversation, Turn
+from finetuning.data.conversation import Conversation, Turn, to_messages
 from finetuning.data.encoding import count_tokens, encode_conversation
 from finetuning.data.fingerprint import fingerprint
 from finetuning.data.frames import frame_indices, read_frames
 from finetuning.data.images import image_size, load_image
+from finetuning.data.known_forms import known_conversation, locate_pictures
+from finetuning.data.own_rows import open_file
+from finetuning.data.schemas import ConvertedRow, parse_row
 from finetuning.errors import InputError
 
 SHARED = Path(__file__).parents[3] / "shared" / "data" / "awkward_video"
@@ -247,3 +252,94 @@ def test_a_run_notices_another_clip_and_another_number_of_frames(tmp_path):
     assert fingerprint(conversation(*clip_frames(clip, 5)[:4]), str(tmp_path)).pictures != known.pictures
     make_clip(clip, 9)
     assert fingerprint(conversation(*clip_frames(clip, 4)), str(tmp_path)).pictures != known.pictures
+
+
+FORMS = {
+    "question": {"video": "clip.mp4", "question": "What?", "answer": "x"},
+    "question with a list": {"videos": ["clip.mp4"], "question": "<video>What?", "answer": "x"},
+    "native": {"conversations": [{"video": "clip.mp4", "user": "What?", "assistant": "x"}]},
+    "LLaVA": {"video": "clip.mp4", "conversations": [{"from": "human", "value": "<video>\nWhat?"}, {"from": "gpt", "value": "x"}]},
+    "LLaVA-Video": {
+        "video": "clip.mp4",
+        "conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "x"}],
+    },
+    "messages": {
+        "messages": [
+            {"role": "user", "content": [{"type": "video", "video": "clip.mp4"}, {"type": "text", "text": "What?"}]},
+            {"role": "assistant", "content": "x"},
+        ]
+    },
+    "messages beside a list": {
+        "videos": ["clip.mp4"],
+        "messages": [
+            {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "What?"}]},
+            {"role": "assistant", "content": "x"},
+        ],
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_clip_stands_in_a_row_of_any_form(tmp_path, form):
+    row = known_conversation(locate_pictures({"id": "a", **FORMS[form]}, tmp_path, 2))
+    assert row.images == clip_frames(tmp_path / "clip.mp4", 2)
+    [message, _] = to_messages(row, ["x"])
+    assert message["content"].replace("\n", "") == "<|image_1|><|image_2|>What?"
+    assert message["content"].startswith("<|image_1|>\n<|image_2|>")
+
+
+def test_clips_and_pictures_stand_where_their_marks_are(tmp_path):
+    row = {"id": "a", "video": "b.mp4", "image": "c.png", "question": "<image> after <video>", "answer": "x"}
+    found = known_conversation(locate_pictures(row, tmp_path, 2))
+    assert found.turns[0].user == "<|image_1|> after <|image_2|>\n<|image_3|>"
+    assert found.images == [str(tmp_path / "c.png"), *clip_frames(tmp_path / "b.mp4", 2)]
+
+
+SAYS = {"role": "assistant", "content": "x"}
+BAD_ROWS = [
+    ({"video": "../b.mp4", "question": "?", "answer": "x"}, "video: expected a path inside"),
+    ({"video": "http://x/b.mp4", "question": "?", "answer": "x"}, "video: expected a path of a clip, found 'http"),
+    ({"video": 3, "question": "?", "answer": "x"}, "sample a: video: expected the path of a clip, found 3"),
+    ({"messages": [{"role": "user", "content": "<video> ?"}, SAYS]}, "expected 0 placeholder(s) <video> for 0 clip(s), found 1"),
+    ({"video": "b.mp4", "messages": [{"role": "user", "content": "?"}, SAYS]}, "expected 1 placeholder(s) <video> for 1 clip(s), found 0"),
+    ({"video": "b.mp4", "messages": [{"role": "user", "content": "<image> <image>"}, SAYS]}, "expected 1 placeholder(s) <image> for 1 clip(s), found 2"),
+    ({"messages": [{"role": "user", "content": [{"type": "video"}]}, SAYS]}, "expected a path, file:// or data: in the part of type video, found none"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "message"), BAD_ROWS)
+def test_a_row_whose_clip_does_not_fit_is_one_line(tmp_path, row, message):
+    with pytest.raises(InputError) as error:
+        known_conversation(locate_pictures({"id": "a", **row}, tmp_path, 2))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_script_without_clips_says_which_one_takes_them():
+    row = {"id": "a", "conversations": [{"video": "b.mp4", "user": "?", "assistant": "x"}]}
+    with pytest.raises(InputError, match="found a clip, which finetune_hf_trainer_own_data.py reads"):
+        parse_row(row, ConvertedRow)
+
+
+def test_validate_reads_clips_and_converts_them_to_their_frames(tmp_path, capsys):
+    make_clip(tmp_path / "data/clip.mp4", 20)
+    (tmp_path / "data/train.jsonl").write_text(json.dumps({"id": "a", **FORMS["native"]}) + "\n")
+    (tmp_path / "data/test.jsonl").write_text(json.dumps({"id": "b", "question": "Why?", "answer": "y"}) + "\n")
+    call = [str(tmp_path / "data"), "--model_name_or_path", str(tmp_path), "--num_frames", "3"]
+    assert validate.main([*call, "--convert", str(tmp_path / "out")]) == 0, capsys.readouterr()
+    [row] = [json.loads(line) for line in (tmp_path / "out/converted_train.jsonl").read_text().splitlines()]
+    [turn] = row["conversations"]
+    assert turn == {"images": [f"clip.mp4.{n}.jpg" for n in range(3)], "user": "What?", "assistant": "x"}
+    shown = [number_in(Image.open(tmp_path / "out/images" / name)) for name in turn["images"]]
+    assert shown == evenly(20, 3)
+
+
+def test_a_column_of_clips_that_is_called_otherwise_is_told(tmp_path):
+    (tmp_path / "a.csv").write_text("path,question,answer\nclips/a.mp4,What?,x\n")
+    with pytest.raises(
+        InputError,
+        match=r"a\.csv:2: expected clips in a column video or videos, found them in 'path'; --columns video=path",
+    ):
+        open_file(tmp_path / "a.csv", {}, 8)
+    [row] = open_file(tmp_path / "a.csv", {"video": "path"}, 3)
+    assert known_conversation(row).images == clip_frames(tmp_path / "clips/a.mp4", 3)

@@ -4,11 +4,15 @@ import math
 from collections import Counter
 
 import pytest
+import recipe
 from hypothesis import given
 from hypothesis import strategies as st
 
+from finetuning.arguments import parse_args
 from finetuning.data.mixture import Mixture, MixtureSampler
 from finetuning.data.sampler import StepSampler
+from finetuning.errors import InputError
+from finetuning.own_data_arguments import OwnDataArguments
 
 SIZES = st.lists(st.integers(1, 13), min_size=1, max_size=4)
 SHARES = st.sampled_from([0.07, 0.1, 1 / 3, 0.5, 0.75, 1, 1.5, 2, 2.25])
@@ -97,3 +101,51 @@ def test_steps_are_cut_from_an_epoch_of_the_mixture():
     places = list(sampler)
     assert len(places) == len(sampler)
     assert sorted(row for row in places if row is not None) == sorted(mixture.epoch(1).tolist())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sources")
+    recipe.model_folder(folder / "model")
+    for name in ("docs", "receipts", "more/docs"):
+        (folder / name).mkdir(parents=True)
+        recipe.write_jsonl(folder / name / "train.jsonl", [{"question": "?", "answer": name}] * 3)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def own_process(tmp_path, monkeypatch):
+    yield from recipe.own_process(tmp_path, monkeypatch)
+
+
+def own_arguments(folder, *flags: str) -> OwnDataArguments:
+    return parse_args(
+        ["--model_name_or_path", str(folder / "model"), "--no-tqdm", "--output_dir", "output", *flags], OwnDataArguments
+    )
+
+
+def test_shares_are_told_by_the_sources_names(folder):
+    docs, receipts, more = (str(folder / name) for name in ("docs", "receipts", "more/docs"))
+    assert own_arguments(folder, "--data_dir", docs).shares == {"": 1}
+    assert own_arguments(folder, "--data_dir", f"{docs}:0.5").shares == {"": 0.5}
+    assert own_arguments(folder, "--data_dir", docs, f"{receipts}:2").shares == {"docs": 1, "receipts": 2}
+    assert own_arguments(folder, "--data_dir", f"{docs}:.5", more).shares == {"docs-1": 0.5, "docs-2": 1}
+    assert own_arguments(folder, "--data_dir", docs, receipts, "--mixture", "even").shares is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--data_dir", "DIR/docs:0"], "expected a share over 0 after the colon"),
+        (["--data_dir", "DIR/docs:half"], "expected a share over 0 after the colon"),
+        (
+            ["--data_dir", "DIR/docs:2", "DIR/receipts", "--mixture", "even"],
+            "--mixture even with --data_dir .*docs:2: expected one of them",
+        ),
+        (["--data_dir", "DIR/docs", "--mixture", "even"], "--mixture even: expected several --data_dir, found one"),
+        (["--data_dir", "DIR/docs", "--num_frames", "0"], "--num_frames 0: expected a whole number from 1 to 64"),
+    ],
+)
+def test_a_share_that_makes_no_sense_is_one_line(folder, flags, message):
+    with pytest.raises(InputError, match=message):
+        own_arguments(folder, *(flag.replace("DIR", str(folder)) for flag in flags))

@@ -68,6 +68,16 @@ def test_an_adapter_that_changes_the_base_itself_shares_none(folders, tmp_path, 
     assert [item.copy for item in opened] == [0, 1, 0]
 
 
+def test_an_adapter_with_parts_that_were_trained_in_full_shares_none(folders, tmp_path):
+    full = saved.adapter_folder(folders[0], tmp_path / "full", "--projector", "full", "--vision", "frozen", scale=0.2)
+    found = find_saved(str(full))
+    alone = answer(open_model(found, torch.float32, False, CPU), read_processor(found), torch.float32)
+    opened = open_several([loading(folder) for folder in (folders[0], full, folders[2])], CPU)
+    assert [item.copy for item in opened] == [0, 1, 0]
+    with opened[1].ready() as model:
+        assert answer(model, opened[1].processor, torch.float32) == alone
+
+
 def test_another_dtype_is_another_copy(folders):
     opened = open_several([loading(folders[0]), loading(folders[1], torch.bfloat16)], CPU)
     assert [item.copy for item in opened] == [0, 1]
