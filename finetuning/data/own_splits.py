@@ -61,6 +61,10 @@ def load_own_data(args: "OwnDataArguments") -> tuple[Sequence[Row], Sequence[Row
 def read_sources(args: "OwnDataArguments") -> list[OwnSource]:
     """Each source of --data_dir, or the one of --dataset, with its rows to train on and to answer; see `load_own_data`."""
     sources = [_from_hub(args)] if args.dataset else [_from_files(source.path, args) for source in args.sources]
+    for field in args.column_of:
+        missing = [file.missing.get(field) for source in sources for file in source.files]
+        if all(missing):
+            raise InputError(str(missing[0]))
     for source, name in zip(sources, args.source_names, strict=False):
         for file in source.files:
             file.source = name
@@ -98,7 +102,7 @@ def _draw(source: OwnSource, args: "OwnDataArguments") -> None:
     except InputError as error:
         raise InputError(f"{source.name}: no test split: {error}") from None
     source.train, source.evaluation = rows.select(train), rows.select(drawn)
-    if state.is_main_process:
+    if state.is_main_process and args.eval_share:
         said = f"{len(drawn)} of {len(rows)} rows are answered and not trained, drawn by picture (--eval_share {args.eval_share:g})"
         print(f"{source.name}: no test split: {said}", flush=True)
 
