@@ -191,7 +191,7 @@ def _to_sample(
         row = Row(located, row.where)
     except InputError as error:
         raise InputError(f"{sample_name(row)}{error}") from None
-    if known:
+    if to_conversation is None:
         return Sample(path, line, split, True, row, known_conversation(row))
     conversation = to_conversation(row)
     # A script's own function may return anything, and the sample goes by its id.

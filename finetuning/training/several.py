@@ -77,9 +77,9 @@ def open_several(wanted: Sequence[Loading], device: torch.device) -> list[Opened
         if name:
             models[key] = read_adapter(models[key], item.saved, name)
         opened.append(Opened(item.saved, processor, item.dtype, None, name, list(models).index(key)))
-    for item in opened:
+    for found in opened:
         # Now that all adapters are over them: the first one has made another object of its base.
-        item.model = list(models.values())[item.copy]
+        found.model = list(models.values())[found.copy]
     return opened
 
 
