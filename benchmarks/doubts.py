@@ -29,8 +29,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from demo import DEMO_FLAGS, build_data, build_model
+from finetuning.data.perceptual import WORDS
 from finetuning.errors import run_script
+from finetuning.results.twins import near_pairs
 
 from .record import RESULTS, ROOT, provenance, write
 
@@ -153,9 +157,21 @@ def prove_receipts(folder: Path, seeds: int) -> dict[str, Any]:
     return {"mean_found_in_worst": means, "runs": runs}
 
 
+def time_near_pairs(count: int = 100_000) -> dict[str, float]:
+    """Seconds to compare the hashes of `count` pictures of one question, that are all different, and of which half are alike."""
+    hashes = np.random.default_rng(0).integers(0, 2**63, (count, 1, WORDS), dtype=np.uint64)
+    found: dict[str, float] = {"pictures": count}
+    for name in ("all_different", "half_alike"):
+        start = time.monotonic()
+        near_pairs(hashes)
+        found[f"{name}_seconds"] = round(time.monotonic() - start, 1)
+        hashes[: count // 2] = 0
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=("demo", "receipts"), help="one of the two (default: both)")
+    parser.add_argument("--only", choices=("demo", "receipts", "twins"), help="one of them (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="of the demo's data, weights and swapped rows (0)")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of the receipts, from 0 (3)")
     parser.add_argument("--out_dir", type=Path, help="new folder to keep everything in (default: not kept)")
@@ -166,9 +182,11 @@ def main() -> None:
     result["random_order"] = {f"{share:.0%}": share for share in WORST}
     with tempfile.TemporaryDirectory() as temporary:
         folder = (args.out_dir or Path(temporary)).resolve()
-        if args.only != "receipts":
+        if args.only in (None, "twins"):
+            result["near_pairs"] = time_near_pairs()
+        if args.only in (None, "demo"):
             result["demo"] = prove_demo(folder / "demo", args.seed)
-        if args.only != "demo":
+        if args.only in (None, "receipts"):
             result["receipts"] = prove_receipts(folder, args.seeds)
     write(args.result, result)
     print(f"-> {args.result}")

@@ -93,7 +93,8 @@ def main() -> None:
         begin = ["--model_name_or_path", _began_from(saved), "--use_lora", *as_trained, *given]
         train_folds(own, task, begin)
     flags = ["--do_train", "False", "--model_name_or_path", own.folder, *as_trained, *given]
-    args = parse_args([*flags, "--output_dir", str(own.output_dir)])
+    # Each process judges by itself: nothing is split among them.
+    args = parse_args([*flags, "--output_dir", str(own.output_dir), "--deepspeed", "none"])
     stop_signals.install()
     processor = load_processor(args)
     rows = load_rows(script.load_splits, args, own.split)

@@ -54,7 +54,7 @@ def main() -> None:
 
     script.load_splits = load_others
     # The last one counts.
-    sys.argv = [script.__file__, *flags, "--eval_size", "0"]
+    sys.argv = [str(script.__file__), *flags, "--eval_size", "0"]
     script.main()
 
 

@@ -1,5 +1,6 @@
 """doubts.html: rows whose answers a model doubts, worst first, and the same pictures with other answers beside them."""
 
+import os
 from collections import defaultdict
 from collections.abc import Sequence
 from math import exp, isfinite
@@ -53,9 +54,7 @@ def write_doubts_page(
     rows = _rows(doubts, numbers)
     shown = rows[:most_rows]
     values = [item.doubt for item in worst_first(doubts) if isfinite(item.doubt)]
-    chart = line_chart(
-        "doubt of the answers, worst first", [Line("doubt", list(enumerate(values, 1)))], unit="answers, worst first"
-    )
+    chart = line_chart("doubt of the answers, worst first", [Line("doubt", list(enumerate(values, 1)))], unit="rank")
     filters = {"all": "All", "other": "The model says something else", "twins": "Same picture, other answer"}
     data: dict[str, Any] = {
         "columns": ["the model"],
@@ -75,12 +74,13 @@ def write_doubts_page(
         else f"The {len(shown):,} worst of {len(rows):,} rows are listed; --report_rows {len(rows)} lists all.",
         "charts": [chart.data] if values else [],
     }
-    count = sum(len(row["sources"]) for row in shown)
-    sources = (_picture(dataset, *place) for row in shown for place in row["sources"])
+    places = [row.pop("sources") for row in shown]
+    count = sum(map(len, places))
+    sources = (_picture(dataset, *place) for of_row in places for place in of_row)
     made = thumbnails(sources, count, max(0, MOST_BYTES - size_of(data) - size_of(shown)))
     data["pictures"] = []
-    for row in shown:
-        for _ in row.pop("sources"):
+    for row, of_row in zip(shown, places, strict=True):
+        for _ in of_row:
             uri = next(made)
             row["pictures"].append(len(data["pictures"]) if uri else LEFT_OUT if uri is None else UNREADABLE)
             if uri:
@@ -130,7 +130,7 @@ def _rows(doubts: Sequence[Doubt], numbers: dict[str, int]) -> list[dict[str, An
             {
                 "id": name,
                 "index": numbers[name],
-                "where": turns[0].where,
+                "where": os.path.basename(turns[0].where),
                 "score": round(worst, 3) if isfinite(worst) else None,
                 "flags": flags,
                 "pictures": [],
@@ -155,7 +155,7 @@ def _turn(item: Doubt) -> dict[str, Any]:
             {
                 "how": "same picture" if twin["bits"] < 0 else f"{twin['bits']} of 256 bits differ",
                 "text": " / ".join(twin["answers"]),
-                "where": f"{twin['id']}, {twin['where']}",
+                "where": f"{twin['id']}, {os.path.basename(twin['where'])}",
             }
             for twin in item.twins
         ],

@@ -164,8 +164,9 @@
 
   function rowPart(row) {
     const mark = row.score === null ? "" : `${data.mark ?? "score"} ${number(row.score)}`;
-    const place = row.where ? make("span", "where", row.where) : "";
-    const text = make("div", "", make("div", "head", make("span", "id", row.id, place), make("span", "mark", mark)),
+    const place = row.where ? [make("span", "where", row.where)] : [];
+    const head = make("div", "head", make("span", "id", row.id), ...place, make("span", "mark", mark));
+    const text = make("div", "", head,
       ...row.turns.map(turnPart));
     const part = make("article", "row", text);
     part.tabIndex = -1;
