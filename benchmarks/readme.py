@@ -241,6 +241,32 @@ def startup() -> str:
     return "\n".join((*lines, ""))
 
 
+def doubts() -> str:
+    """Swapped answers among the first rows of `finetuning.doubts`, with and without folds, beside a random order."""
+    found = load("doubts")
+    receipts, demo = found["receipts"], found["demo"]
+    lines = [
+        "| swapped answers | judged by | in the first 5% | in the first 10% | seconds | GB a process |",
+        "|---|---|---|---|---|---|",
+    ]
+    names = {"without_folds": "the model that was trained on them", "with_folds": "`--folds 2`, training included"}
+    cases = {
+        f"demo, {demo['swapped']} of {demo['rows']:,}": (lambda name: demo[name]["found_in_worst"], [demo]),
+        f"receipts, {receipts['runs'][0]['swapped']} of {receipts['runs'][0]['rows']}, mean of {len(receipts['runs'])} seeds": (
+            lambda name: receipts["mean_found_in_worst"][name],
+            receipts["runs"],
+        ),
+    }
+    for case, (worst, runs) in cases.items():
+        for name, words in names.items():
+            shares = " | ".join(f"{share:.0%}" for share in worst(name).values())
+            seconds = sum(run[name]["seconds"] for run in runs) / len(runs)
+            memory = max(run[name]["largest_process_mb"] for run in runs) / 1024
+            lines.append(f"| {case} | {words} | {shares} | {seconds:.0f} | {memory:.1f} |")
+    lines.append(f"| | a random order | {' | '.join(f'{share:.0%}' for share in found['random_order'].values())} | | |")
+    return "\n".join((*lines, ""))
+
+
 def hardware() -> str:
     """What the planner recommends for usual machines, as benchmarks/plan.py has recorded it."""
     lines = [
@@ -277,6 +303,7 @@ PARTS = {
     "levers": levers,
     "readers": readers,
     "startup": startup,
+    "doubts": doubts,
     "hardware": hardware,
     "plan": plan_accuracy,
 }

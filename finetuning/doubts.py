@@ -55,7 +55,7 @@ class DoubtsArguments:
     output_dir: str | None
 
 
-def read_command_line() -> tuple[DoubtsArguments, list[str]]:
+def read_flags(argv: list[str] | None = None) -> tuple[DoubtsArguments, list[str]]:
     """The command's own arguments, checked, and the flags that are the script's."""
     parser = CommandParser("doubts", __doc__, usage="%(prog)s FOLDER --data_dir DIR [flags of the task's script]")
     add = parser.add_argument
@@ -73,7 +73,7 @@ def read_command_line() -> tuple[DoubtsArguments, list[str]]:
         "--folds", type=int, default=0, metavar="N", help="judge each of N parts by a model trained without it, 2 to 10"
     )
     add("--output_dir", help="folder to write to (default: doubts-NAME beside FOLDER, with --folds doubts-NAME-folds)")
-    args, flags = parser.parse_known_args()
+    args, flags = parser.parse_known_args(argv)
     found = DoubtsArguments(**vars(args))
     if found.folds != 0 and not 2 <= found.folds <= MOST_FOLDS:
         raise InputError(f"--folds {found.folds}: expected 2 to {MOST_FOLDS}")
@@ -84,7 +84,7 @@ def read_command_line() -> tuple[DoubtsArguments, list[str]]:
 
 def main() -> None:
     """Judges what the command line says."""
-    own, given = read_command_line()
+    own, given = read_flags()
     saved = find_saved(own.folder, fetches=os.environ.get("LOCAL_RANK", "0") == "0")
     task = own.task or _task_of(own.folder, saved)
     script: Any = load_script(task)

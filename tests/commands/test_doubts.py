@@ -50,12 +50,10 @@ def trained_likelihood(model, processor, conversation: Conversation, answer: str
     turn = conversation.turns[-1]
     turns = [*conversation.turns[:-1], Turn(turn.user, [answer], turn.images)]
     features = encode_conversation(Conversation(conversation.id, turns), processor)
-    # Of the last turn alone.
-    labels, kept = features["labels"][:-1], []
-    for place in reversed(range(len(labels))):
-        if labels[place] == -100:
-            break
-        kept.append(place)
+    labelled = [place for place, label in enumerate(features["labels"][:-1]) if label != -100]
+    # The last run of them: the last turn's.
+    starts = [place for place in labelled if place - 1 not in labelled]
+    kept, labels = [place for place in labelled if place >= starts[-1]], features["labels"]
     with torch.no_grad():
         logits = model(
             input_ids=torch.tensor([features["input_ids"]]),
@@ -84,6 +82,21 @@ def test_likelihoods_are_those_of_the_trained_tokens_one_sample_at_a_time(kind, 
         given = [trained_likelihood(model, processor, conversation, answer) for answer in item["answers"]]
         assert item["log_likelihoods"] == pytest.approx(given, abs=1e-4)
         assert item["doubt"] == pytest.approx(item["model_log_likelihood"] - max(given), abs=1e-4)
+
+
+def test_each_turn_is_judged_after_the_earlier_ones_as_they_are_given(base, data, tmp_path, monkeypatch):
+    texts = [("Which page is it?", "4"), ("And the next?", "page 5"), ("The one before?", "3")]
+    turns = [{"user": user, "assistant": answer, "images": []} for user, answer in texts]
+    turns[0]["images"] = ["4.png"]
+    recipe.write_jsonl(data / "rows.jsonl", [{"id": "chat", "split": "train", "conversations": turns}])
+    saved.call(monkeypatch, doubts, base, *FLAGS, "--data_dir", data, "--output_dir", tmp_path / "out")
+    found = {item["turn"]: item["log_likelihoods"] for item in read(tmp_path / "out/doubts.jsonl")}
+    opened = find_saved(str(base))
+    model, processor = open_model(opened, torch.float32, False, torch.device("cpu")), read_processor(opened, 2)
+    (conversation,) = map(docvqa.to_conversation, read_splits(data, None, "train")[1])
+    for number, (_, answer) in enumerate(texts):
+        until = Conversation("chat", conversation.turns[: number + 1])
+        assert found[number] == pytest.approx([trained_likelihood(model, processor, until, answer)], abs=1e-4)
 
 
 def test_the_models_own_answer_is_as_likely_as_its_greedy_tokens(base, data, tmp_path, monkeypatch):
