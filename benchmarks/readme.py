@@ -244,7 +244,7 @@ def startup() -> str:
 def doubts() -> str:
     """Swapped answers among the first rows of `finetuning.doubts`, with and without folds, beside a random order."""
     found = load("doubts")
-    receipts, demo = found["receipts"], found["demo"]
+    receipts, demo, lora = (found[name] for name in ("receipts", "demo", "demo_lora"))
     lines = [
         "| swapped answers | judged by | in the first 5% | in the first 10% | seconds | GB a process |",
         "|---|---|---|---|---|---|",
@@ -252,6 +252,7 @@ def doubts() -> str:
     names = {"without_folds": "the model that was trained on them", "with_folds": "`--folds 2`, training included"}
     cases = {
         f"demo, {demo['swapped']} of {demo['rows']:,}": (lambda name: demo[name]["found_in_worst"], [demo]),
+        f"demo with LoRA, {lora['swapped']} of {lora['rows']:,}": (lambda name: lora[name]["found_in_worst"], [lora]),
         f"receipts, {receipts['runs'][0]['swapped']} of {receipts['runs'][0]['rows']}, mean of {len(receipts['runs'])} seeds": (
             lambda name: receipts["mean_found_in_worst"][name],
             receipts["runs"],

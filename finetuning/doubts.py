@@ -112,7 +112,7 @@ def main() -> None:
     add_twins(doubts)
     write_doubts(output / DOUBTS, worst_first(doubts))
     facts = {
-        "rows": f"{len(dataset):,}, {len(prompts):,} answers, split {own.split}",
+        "rows": f"{len(dataset):,} of {own.split}, {len(prompts):,} answers",
         "data": args.data_dir or ", ".join(item["name"] for item in args.hub_data),
         "judged by": f"{own.folds} models, each trained without the rows that it judges" if own.folds else own.folder,
     }

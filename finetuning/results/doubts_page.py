@@ -98,7 +98,9 @@ def write_doubts_page(
             "the model says something else": f"{others:,} of {len(doubts):,} answers",
             "same picture, other answer": f"{twins:,} answers",
         },
-        charts=[("Doubt", chart, "nats a token: where it falls to 0, reading on is of little use")] if values else [],
+        charts=[("Doubt by rank", chart, "nats a token; where it has fallen to 0, the model says what is given")]
+        if values
+        else [],
         data=data,
     )
 

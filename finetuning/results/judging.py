@@ -129,7 +129,8 @@ def judge_rows(prompts: JudgedPrompts, judges: Sequence[Judge], path: Path, args
     by = {number: judge for judge in judges for number in judge.numbers}
     with ExitStack() as stack:
         outcome: list[Any] = [None, None]
-        file, kept = None, {}
+        file = None
+        kept: dict[int, Doubt] = {}
         if state.is_main_process:
             try:
                 file = stack.enter_context(open_to_append(path, "--output_dir"))

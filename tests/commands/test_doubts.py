@@ -18,6 +18,7 @@ from finetuning import doubts
 from finetuning.data.conversation import Conversation, Turn
 from finetuning.data.encoding import encode_conversation
 from finetuning.data.reading import read_splits
+from finetuning.errors import Stopped
 from finetuning.results import judging
 from finetuning.training.loading import open_model, read_processor
 from finetuning.training.saved import find_saved
@@ -55,8 +56,9 @@ def trained_likelihood(model, processor, conversation: Conversation, answer: str
     starts = [place for place in labelled if place - 1 not in labelled]
     kept, labels = [place for place in labelled if place >= starts[-1]], features["labels"]
     with torch.no_grad():
+        # Up to the answer's <|end|>: what follows may take the tiny model past its 64 tokens, where other rope factors begin.
         logits = model(
-            input_ids=torch.tensor([features["input_ids"]]),
+            input_ids=torch.tensor([features["input_ids"][: kept[-1] + 1]]),
             pixel_values=features["pixel_values"],
             image_sizes=features["image_sizes"],
         ).logits[0]
@@ -171,6 +173,17 @@ def test_what_is_judged_is_kept_and_mended_rows_alone_are_judged_again(base, dat
     saved.call(monkeypatch, doubts, saved.adapter_folder(base, tmp_path / "adapter"), *call[1:])
     assert len(asked) == 4
     assert len(read(out / "doubts.jsonl")) == 7
+
+
+def test_a_signal_stops_it_after_a_round_that_is_kept(base, data, tmp_path, monkeypatch):
+    call = [base, *FLAGS, "--data_dir", data, "--output_dir", tmp_path / "out", "--per_device_eval_batch_size", "3"]
+    with monkeypatch.context() as patched:
+        patched.setattr(judging.stop_signals, "agree", lambda _: signal.SIGTERM)
+        with pytest.raises(Stopped, match="3 of 7 judged answers are in .*; the same command goes on"):
+            saved.call(patched, doubts, *call)
+    assert [item["id"] for item in read(tmp_path / "out/doubts.jsonl")] == ["page-0", "page-1", "page-2"]
+    saved.call(monkeypatch, doubts, *call)
+    assert len(read(tmp_path / "out/doubts.jsonl")) == 7
 
 
 def test_a_bad_call_gets_one_line(base, data, tmp_path, monkeypatch):
