@@ -155,7 +155,8 @@ def _turn(item: Doubt) -> dict[str, Any]:
         "given": [_percent(max(item.log_likelihoods)), _nats(max(item.log_likelihoods))],
         "twins": [
             {
-                "how": "same picture" if twin["bits"] < 0 else f"{twin['bits']} of 256 bits differ",
+                "how": "same picture" if twin["bits"] < 0 else "looks the same",
+                "exactly": "" if twin["bits"] < 0 else f"{twin['bits']} of 256 bits of the pictures' hashes differ",
                 "text": " / ".join(twin["answers"]),
                 "where": f"{twin['id']}, {os.path.basename(twin['where'])}",
             }

@@ -63,8 +63,9 @@ def test_rows_stand_worst_first_with_their_twins_beside_them(open_page, tmp_path
     of_10 = page.locator("#rows .row").nth(1)
     assert [" ".join(text.split()) for text in of_10.locator(".twin").all_inner_texts()] == [
         "same picture 13 r13, train.jsonl:14",
-        "1 of 256 bits differ 20 r20, train.jsonl:21",
+        "looks the same 20 r20, train.jsonl:21",
     ]
+    assert of_10.locator(".twin th").nth(1).get_attribute("title") == "1 of 256 bits of the pictures' hashes differ"
     # Its own, and the one that looks like it; not the equal one again.
     assert of_10.locator(".pictures button").count() == 2
     assert of_10.locator(".pictures small").all_text_contents() == ["r20"]

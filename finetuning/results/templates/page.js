@@ -136,6 +136,7 @@
   function twinLine(twin) {
     const head = make("th", "", twin.how);
     head.scope = "row";
+    head.title = twin.exactly;
     return make("tr", "twin", head, make("td", "", ...rich(twin.text), make("small", "", twin.where)), make("td", "value"));
   }
 
