@@ -18,7 +18,6 @@ a bad call or when clips did not decode; the jsonl files then hold the others.
 import argparse
 import contextlib
 import fcntl
-import io
 import json
 import multiprocessing
 import os
@@ -37,10 +36,9 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-import av
-from PIL import Image
 from tqdm import tqdm
 
+from finetuning.data.frames import describe_failure, read_frames
 from finetuning.errors import InputError, run_script
 
 REPO, ARCHIVE = "sayakpaul/ucf101-subset", "UCF101_subset.tar.gz"
@@ -50,8 +48,6 @@ VIDEO = re.compile(r"\.(avi|mp4|mkv|webm|mov|m4v|mpg|mpeg|wmv|flv|3gp|ogv|ts|gif
 GROUP = re.compile(r"_(g\d+)_c\d+$")
 # Of what an archive holds over its own size: videos are compressed already (UCF-101: 1.0); a bomb's zeros shrink 1000 times.
 MOST_GROWTH = 100
-# Counterclockwise, as PyAV gives a frame's rotation.
-TURNS = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
 
 
 @dataclass(frozen=True)
@@ -165,50 +161,6 @@ def find_clips(files: dict[PurePosixPath, int], where: Path) -> list[Clip]:
     return sorted(clips.values(), key=lambda clip: (SPLITS.index(clip.split), clip.label, clip.source.name))
 
 
-def frame_indices(count: int, num_frames: int) -> list[int]:
-    """Which of `count` frames to take: the first of each of `num_frames` equal parts; repeated in a shorter clip."""
-    return [index * count // num_frames for index in range(num_frames)]
-
-
-def decode(path: str, num_frames: int, count: int | None) -> tuple[dict[int, av.VideoFrame], int, int]:
-    """Decodes a clip to its end, keeping the frames to take from a clip of `count` frames (None: what the header says).
-
-    Returns:
-        The kept frames by index, how many frames decoded, and how many packets did not.
-    """
-    kept, decoded, broken = {}, 0, 0
-    with av.open(path, metadata_errors="ignore") as container:
-        stream = container.streams.best("video")
-        if stream is None:
-            raise ValueError("no video stream")
-        stream.thread_type = "NONE"  # There is one process for each core.
-        wanted = set(frame_indices(stream.frames if count is None else count, num_frames))
-        for packet in container.demux(stream):
-            try:
-                frames = packet.decode()
-            except av.InvalidDataError:
-                broken += 1
-                continue
-            for frame in frames:
-                if decoded in wanted:
-                    kept[decoded] = frame
-                decoded += 1
-    if not decoded:
-        raise ValueError("no frame decodes")
-    return kept, decoded, broken
-
-
-def to_jpeg(frame: av.VideoFrame, quality: int) -> bytes:
-    """JPEG of a frame, upright."""
-    image, buffer = frame.to_image(threads=1), io.BytesIO()
-    turn = TURNS.get(round(frame.rotation / 90) * 90 % 360)
-    if turn is not None:
-        image = image.transpose(turn)
-    # Colours at full resolution: at 4:2:0 a sharp coloured edge loses up to 18 dB here.
-    image.save(buffer, "JPEG", quality=quality, subsampling="4:4:4")
-    return buffer.getvalue()
-
-
 def write_whole(path: Path, data: bytes, partial: Path) -> None:
     """Writes a file so that it appears whole or not at all."""
     temporary = partial / str(os.getpid())
@@ -224,22 +176,15 @@ def convert_clip(path: Path, target: Path, num_frames: int, quality: int, partia
         What is to be said about a clip that was converted, and why it was not; both may be empty.
     """
     try:
-        kept, count, broken = decode(str(path), num_frames, None)
-        indices = frame_indices(count, num_frames)
-        if not kept.keys() >= set(indices):  # The header's count was wrong: now it is known.
-            kept, count, broken = decode(str(path), num_frames, count)
-        jpegs = {index: to_jpeg(kept[index], quality) for index in set(indices)}
+        jpegs, note = read_frames(str(path), num_frames, quality)
     except Exception as error:  # Decoders fail in many ways; all of them concern this clip only.
-        return "", f"{getattr(error, 'strerror', None) or error or type(error).__name__}"
+        return "", describe_failure(error)
     finally:
         if path.parent == partial:
             path.unlink()
-    for number, index in enumerate(indices):
-        write_whole(Path(f"{target}.{number}.jpg"), jpegs[index], partial)
-    notes = [f"packets that did not decode: {broken}"] if broken else []
-    if count < num_frames:
-        notes.append(f"only {count} of {num_frames} frames, so some are repeated")
-    return "; ".join(notes), ""
+    for number, jpeg in enumerate(jpegs):
+        write_whole(Path(f"{target}.{number}.jpg"), jpeg, partial)
+    return note, ""
 
 
 def start_worker() -> None:

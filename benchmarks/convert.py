@@ -26,7 +26,8 @@ import av
 import numpy as np
 from PIL import Image
 
-from convert_ucf101 import VIDEO, frame_indices
+from convert_ucf101 import VIDEO
+from finetuning.data.frames import frame_indices
 from finetuning.errors import InputError, run_script
 
 from .record import RESULTS, ROOT, provenance, write

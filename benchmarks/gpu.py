@@ -17,6 +17,7 @@ steps the median of all but the first two. The goals: five times the published r
 
 import json
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -59,6 +60,8 @@ class Case:
     read: Callable[[], dict[str, Any]]
     # Killed (-9) when this file is there; the same command then goes on.
     killed_at: Path | None = None
+    # A folder that must not be there when it begins.
+    fresh: Path | None = None
 
 
 def find_cases(folder: Path, out: Path, device: str, model: str) -> list[Case]:
@@ -88,7 +91,7 @@ def find_cases(folder: Path, out: Path, device: str, model: str) -> list[Case]:
 
     checks = Case(
         "checks",
-        120,
+        120 if device == "cuda" else 900,
         ["-m", "benchmarks.gpu_checks", "--device", device, "--out", str(out / "checks.json")],
         lambda: {"checks": json.loads((out / "checks.json").read_text())["checks"]},
     )
@@ -115,7 +118,7 @@ def find_cases(folder: Path, out: Path, device: str, model: str) -> list[Case]:
         script("full, optimizer in main memory", "full", "--deepspeed", "zero2_offload", "--optim", "adamw_torch_fused"),
         script("qlora, micro-batch 8", "qlora", *LARGER, "8"),
         script("lora, killed", "lora", "--save_strategy", "steps", "--save_steps", "4", "--overwrite_output_dir", "False",
-               limit=200, killed_at=killed / "checkpoint-4" / "manifest.json"),
+               limit=200, killed_at=killed / "checkpoint-4" / "manifest.json", fresh=killed),
     ]  # fmt: skip
     if device == "cuda":
         found.insert(7, script("lora, float16", "lora", "--bf16", "False", "--fp16"))
@@ -148,6 +151,9 @@ def read_step(path: Path) -> dict[str, Any]:
 
 def run_case(case: Case, limit: float) -> dict[str, Any]:
     """Runs a case for at most `limit` seconds: what it found, or why it found nothing, and the end of what it printed."""
+    if case.fresh:
+        # Of an earlier call that was ended in this case.
+        shutil.rmtree(case.fresh, ignore_errors=True)
     start = time.monotonic()
     log = Path(os.environ.get("TMPDIR", "/tmp")) / f"gpu-case-{os.getpid()}.log"
     runs = [case.killed_at, None] if case.killed_at else [None]
@@ -238,4 +244,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    # A case ends with the call that runs it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     run_script(main)

@@ -11,6 +11,7 @@ import argparse
 import copy
 import functools
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ import torch
 from torch._dynamo.utils import counters
 
 from finetuning.environment import prepare_process
-from finetuning.training.lora import LANGUAGE_TARGETS, OneProduct
+from finetuning.training.lora import OneProduct
+from finetuning.training.parts import LORA_TARGETS
 from phi3v.modeling_phi3_v import SDPA_PACKED
 
 from .record import ROOT, provenance, write
@@ -33,8 +35,9 @@ ROUNDING = 0.05
 # Of gradients, whose rounding this model amplifies: how much more of it there may be than with plain operations. Chance alone
 # makes it 2.4 on a CPU.
 MORE_ROUNDING = 4
-# Lengths at which cuDNN's masked backward pass is reported wrong, and others. Source: pytorch/pytorch issue 196678.
-LENGTHS = (64, 192)
+# On a GPU lengths at which cuDNN's masked backward pass is reported wrong, source: pytorch/pytorch issue 196678. A CPU, which has
+# no such kernel, is spared them.
+LENGTHS = {"cuda": (64, 192), "cpu": (16, 48)}
 
 
 build_model = functools.cache(golden.build_model)
@@ -104,10 +107,10 @@ def prompts(lengths: tuple[int, ...], device: str, side: str = "left") -> dict[s
 @torch.no_grad()
 def padding(device: str) -> float:
     """What padding on the left changes of the last logits in bfloat16, in standard deviations of the logits."""
-    model, batch = model_on(device, "sdpa", torch.bfloat16), prompts(LENGTHS, device)
+    model, batch = model_on(device, "sdpa", torch.bfloat16), prompts(LENGTHS[device], device)
     together = model(batch["input_ids"], batch["attention_mask"], logits_to_keep=1).logits[:, -1].float()
     largest = 0.0
-    for row, length in enumerate(LENGTHS):
+    for row, length in enumerate(LENGTHS[device]):
         alone = model(batch["input_ids"][row : row + 1, -length:], logits_to_keep=1).logits[0, -1].float()
         deviation = (together[row] - alone).abs().max() / alone.std()
         largest = max(largest, float(deviation.nan_to_num(float("inf"))))
@@ -145,7 +148,7 @@ def backward(device: str, dtype: torch.dtype) -> float:
     """How far sdpa's gradients of padded texts are from those of eager attention in float32; in bfloat16 over what eager rounds off."""
     exact, plain = model_on(device, "eager").train(), model_on(device, "eager", dtype).train()
     model, worst = model_on(device, "sdpa", dtype).train(), 0.0
-    for longest in LENGTHS:
+    for longest in LENGTHS[device]:
         for side in ("left", "right"):
             batch = prompts((longest, longest // 2, 5), device, side)
             expected, rounded, found = (gradients_of(way, batch, torch.float32) for way in (exact, plain, model))
@@ -156,15 +159,16 @@ def backward(device: str, dtype: torch.dtype) -> float:
 
 def packed(device: str) -> float:
     """Gradients of a padding-free row against those of the padded batch, both in bfloat16."""
-    batch, model = prompts(LENGTHS, device, "right"), model_on(device, SDPA_PACKED, torch.bfloat16).train()
-    rows = [{key: value[row, :length] for key, value in batch.items()} for row, length in enumerate(LENGTHS)]
-    bounds = torch.tensor([0, *LENGTHS], device=device).cumsum(0).int()
+    lengths = LENGTHS[device]
+    batch, model = prompts(lengths, device, "right"), model_on(device, SDPA_PACKED, torch.bfloat16).train()
+    rows = [{key: value[row, :length] for key, value in batch.items()} for row, length in enumerate(lengths)]
+    bounds = torch.tensor([0, *lengths], device=device).cumsum(0).int()
     row = {
         "input_ids": torch.cat([row["input_ids"] for row in rows])[None],
-        "position_ids": torch.cat([torch.arange(length, device=device) for length in LENGTHS])[None],
+        "position_ids": torch.cat([torch.arange(length, device=device) for length in lengths])[None],
         "labels": torch.cat([row["labels"] for row in rows])[None],
         **dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), bounds),
-        **dict.fromkeys(("max_length_q", "max_length_k"), max(LENGTHS)),
+        **dict.fromkeys(("max_length_q", "max_length_k"), max(lengths)),
     }
     return relative(gradients_of(model, row, torch.float32), gradients_of(model, batch, torch.float32))
 
@@ -174,10 +178,10 @@ def adapters(device: str) -> float:
     from peft import LoraConfig, get_peft_model
     from peft.tuners.lora import LoraLayer
 
-    batch, found = prompts(LENGTHS, device, "right"), []
+    batch, found = prompts(LENGTHS[device], device, "right"), []
     for dtype, own in ((torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)):
         torch.manual_seed(0)
-        config = LoraConfig(r=8, target_modules=LANGUAGE_TARGETS, init_lora_weights=False)
+        config = LoraConfig(r=8, target_modules=LORA_TARGETS["language"], init_lora_weights=False)
         model: Any = get_peft_model(model_on(device, "sdpa", dtype), config).train()
         for layer in model.modules():
             if own and isinstance(layer, LoraLayer):
@@ -189,15 +193,16 @@ def adapters(device: str) -> float:
 
 def compiled(device: str) -> float:
     """Gradients of compiled layers against eager ones; infinite if a second batch of another length compiles them anew."""
-    # Of no length that is also a width of the model: such a size would count as one with it.
-    model, batch = model_on(device, "sdpa", torch.bfloat16).train(), prompts((200, 64, 77), device, "right")
+    # Of no length that is also a width of the model: such a size would count as one with it (finetuning/training/loading.py).
+    first, second = ((200, 64, 77), (300, 77)) if device == "cuda" else ((50, 16, 19), (75, 19))
+    model, batch = model_on(device, "sdpa", torch.bfloat16).train(), prompts(first, device, "right")
     expected = gradients_of(model, batch, torch.float32)
     counters.clear()
     for layer in model.model.layers:
         layer.compile(dynamic=True, backend="inductor" if device == "cuda" else "aot_eager")
     found = gradients_of(model, batch, torch.float32)
     before = counters["stats"]["unique_graphs"]
-    gradients_of(model, prompts((300, 77), device, "right"), torch.float32)
+    gradients_of(model, prompts(second, device, "right"), torch.float32)
     return relative(found, expected) if before == counters["stats"]["unique_graphs"] > 0 else float("inf")
 
 
@@ -219,10 +224,10 @@ CHECKS: dict[str, tuple[float, Callable[[str], float]]] = {
 def run_checks(device: str, names: list[str]) -> Iterator[dict[str, Any]]:
     """Each check with what it found."""
     for name in names:
-        bound, check = CHECKS[name]
+        (bound, check), start = CHECKS[name], time.perf_counter()
         try:
-            found = check(device)
-            yield {"check": name, "deviation": found, "bound": bound, "holds": found <= bound}
+            found, seconds = check(device), round(time.perf_counter() - start, 1)
+            yield {"check": name, "deviation": found, "bound": bound, "holds": found <= bound, "seconds": seconds}
         except Exception as error:  # the other checks go on: the device is borrowed
             yield {"check": name, "bound": bound, "holds": False, "error": f"{type(error).__name__}: {error}"[:500]}
 
@@ -237,7 +242,8 @@ def main() -> None:
     for check in run_checks(args.device, list(CHECKS)):
         found.append(check)
         print(
-            f"{'holds' if check['holds'] else 'FAILS'}  {check['check']:46}{check.get('deviation', check.get('error'))}",
+            f"{'holds' if check['holds'] else 'FAILS'}  {check['check']:46}{check.get('deviation', check.get('error'))}  "
+            f"({check.get('seconds', '')} s)",
             flush=True,
         )
         write(args.out, provenance("torch", "transformers", "peft") | {"device": args.device, "checks": found})

@@ -52,12 +52,12 @@ KILLS_OF_A_RUN = 3
 class Run:
     """The script under torchrun on two processes."""
 
-    def __init__(self, folder: Path, output: Path, strategy: str):
+    def __init__(self, folder: Path, output: Path, flags: list[str]):
         self.output = output
         command = [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
             *("finetune_hf_trainer_docvqa.py", "--model_name_or_path", str(folder / "model")),
-            *("--data_dir", str(folder / "data"), "--output_dir", str(output), *FLAGS, *STRATEGIES[strategy]),
+            *("--data_dir", str(folder / "data"), "--output_dir", str(output), *FLAGS, *flags),
         ]
         self.start = time.monotonic()
         with open(output.with_suffix(".log"), "a") as log:
@@ -120,7 +120,8 @@ def newest(output: Path) -> str | None:
 
 def measure(folder: Path, strategy: str, kills: int, stops: int, chooser: random.Random) -> dict:
     """All interruptions of one strategy."""
-    whole = Run(folder, folder / f"{strategy}-whole", strategy)
+    flags = STRATEGIES[strategy]
+    whole = Run(folder, folder / f"{strategy}-whole", flags)
     assert whole.wait() == 0, whole.output.with_suffix(".log")
     seconds, expected = time.monotonic() - whole.start, results(whole.output)
     result = {"undisturbed_seconds": round(seconds, 1), "kills": [], "ends": [], "stops": []}
@@ -129,7 +130,7 @@ def measure(folder: Path, strategy: str, kills: int, stops: int, chooser: random
         # Up to three kills, at any moment between the first second of work and the end; then it may come to its end.
         output = folder / f"{strategy}-killed-{len(result['ends'])}"
         for _ in range(KILLS_OF_A_RUN):
-            run = Run(folder, output, strategy)
+            run = Run(folder, output, flags)
             delay = chooser.uniform(0.35, 0.9) * seconds
             if run.wait(delay) is not None or len(result["kills"]) == kills:
                 break
@@ -137,13 +138,13 @@ def measure(folder: Path, strategy: str, kills: int, stops: int, chooser: random
             run.kill()
             result["kills"].append({**moment, "checkpoint": newest(output)})
             print(strategy, "kill", result["kills"][-1], flush=True)
-        status = run.wait() if run.process.returncode in (None, 0) else Run(folder, output, strategy).wait()
+        status = run.wait() if run.process.returncode in (None, 0) else Run(folder, output, flags).wait()
         result["ends"].append({"status": status, **compare(output, expected)})
         print(strategy, "end", result["ends"][-1], flush=True)
 
     for number in range(stops):
         output = folder / f"{strategy}-stopped-{number}"
-        run = Run(folder, output, strategy)
+        run = Run(folder, output, flags)
         delay = chooser.uniform(0.45, 0.9) * seconds
         if run.wait(delay) is not None:
             continue
@@ -153,13 +154,13 @@ def measure(folder: Path, strategy: str, kills: int, stops: int, chooser: random
         took, checkpoint = time.monotonic() - begun, newest(output)
         if checkpoint:
             assert find_damage(output / checkpoint) is None
-        again = Run(folder, output, strategy).wait()
+        again = Run(folder, output, flags).wait()
         stop = {"seconds": round(delay, 1), "phase": moment, "seconds_until_exit": round(took, 1)}
         stop |= {"checkpoint": checkpoint, "status_when_started_again": again, **compare(output, expected)}
         result["stops"].append(stop)
         print(strategy, "stop", stop, flush=True)
 
-    run = Run(folder, folder / f"{strategy}-rank", strategy)
+    run = Run(folder, folder / f"{strategy}-rank", flags)
     while run.phase() not in ("training", "saving"):
         time.sleep(0.2)
     time.sleep(1)

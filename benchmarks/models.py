@@ -65,18 +65,14 @@ def build_folder(model: str, folder: Path, dtype: torch.dtype, device: str = "cp
 
 def recipe_arguments(folder: Path, strategy: str, *flags: str) -> RecipeArguments:
     """Arguments as of a recipe's script, for a strategy of `STRATEGIES`; without DeepSpeed."""
-    # Only full and frozen start DeepSpeed, which one process has no use for: it is --use_lora that keeps it away.
+    # DeepSpeed, which full and frozen start, is of no use for one process.
     given = [
         *STRATEGIES[strategy],
-        "--use_lora",
-        "--no-tqdm",
-        "--output_dir",
-        str(folder.with_name(f"{folder.name}-output")),
+        *("--deepspeed", "none", "--no-tqdm"),
+        *("--output_dir", str(folder.with_name(f"{folder.name}-output"))),
         *flags,
     ]
-    args = parse_args(["--model_name_or_path", str(folder), "--batch_size", "64", *given])
-    args.use_lora = "--use_lora" in STRATEGIES[strategy]
-    return args
+    return parse_args(["--model_name_or_path", str(folder), "--batch_size", "64", *given])
 
 
 def base_of(model) -> PreTrainedModel:

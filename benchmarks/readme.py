@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from finetuning.arguments import GROUPS, RecipeArguments, _Parser
+from finetuning.own_data_arguments import OwnDataArguments
 
 from .record import RESULTS, ROOT
 
@@ -76,8 +77,11 @@ def first() -> str:
 
 
 def flags() -> str:
-    """The flags of the recipe, in the groups of --help."""
-    actions = {action.dest: action for action in _Parser(RecipeArguments)._actions}
+    """The flags of the recipe, in the groups of --help, with those of the script for one's own data."""
+    shared, own = (
+        {action.dest: action for action in _Parser(kind)._actions} for kind in (RecipeArguments, OwnDataArguments)
+    )
+    actions = own | shared
     lines = []
     for title, names in GROUPS.items():
         lines += [f"### {title.capitalize()}", "", "| flag | default | meaning |", "|---|---|---|"]
@@ -86,6 +90,7 @@ def flags() -> str:
             said = re.search(r" \(default: ([^)]*)\)", help)
             default = said[1] if said else show_default(actions[name].default)
             meaning = help.replace(said[0], "") if said else help
+            meaning = meaning if name in shared else f"finetune_hf_trainer_own_data.py: {meaning}"
             lines.append(f"| `--{PUBLISHED.get(name, name)}` | {default} | {meaning} |")
         lines.append("")
     return "\n".join(lines)
@@ -204,9 +209,16 @@ def speed() -> list[tuple[str, str, str]]:
 
 
 def levers() -> str:
-    lines = ["| lever | time | memory | |", "|---|---|---|---|"]
-    for entry in load("levers")["levers"][1:]:
-        lines.append(f"| {entry['lever']} | {entry['time']:.2f} | {entry['memory']:.2f} | {entry['verdict']} |")
+    """Counts of the official sizes; time and memory of the medium model over its base's, with the noise of each base."""
+    lines = ["| lever | TFLOP | GB | time | memory | |", "|---|---|---|---|---|---|"]
+    for entry in load("levers")["levers"]:
+        is_base = entry["lever"] == entry["base"]
+        counts = [f"{entry[name]:.1f}" if name in entry else "" for name in ("tflop", "gb")]
+        ratios = [f"{entry[name]:.2f}" if name in entry else "" for name in ("time", "memory")]
+        if is_base:
+            ratios = [f"1 ± {entry['noise']:.2f}", "1"] if "noise" in entry else ["", ""]
+        words = f"**{entry['lever']}**" if is_base else entry["lever"]
+        lines.append(f"| {' | '.join((words, *counts, *ratios, entry['verdict']))} |")
     return "\n".join((*lines, ""))
 
 
@@ -230,14 +242,20 @@ def readers() -> str:
 def startup() -> str:
     """Seconds, of them of computing, and memory of a start before a model is loaded, before rows stayed in their files and since."""
     found = load("startup")
-    lines = ["| rows | when | seconds, of them computing | GB a process |", "|---|---|---|---|"]
+    lines = [
+        "| rows | when | seconds, of them computing | GB a process at most, its own at the end |",
+        "|---|---|---|---|",
+    ]
     for case in found["after"]["cases"]:
         for turn in ("first", "second"):
             for label, when in (("before", "formerly"), ("after", "now")):
                 figures = found[label]["cases"][case][turn]
                 computing = f", {figures['cpu_seconds']:.1f}" if "cpu_seconds" in figures else ""
+                own = f", {figures['own_gb']:.2f}" if "own_gb" in figures else ""
                 start = f"{turn} start, {when}"
-                lines.append(f"| {case} | {start} | {figures['seconds']:.1f}{computing} | {figures['peak_gb']:.2f} |")
+                lines.append(
+                    f"| {case} | {start} | {figures['seconds']:.1f}{computing} | {figures['peak_gb']:.2f}{own} |"
+                )
     return "\n".join((*lines, ""))
 
 

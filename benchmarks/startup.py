@@ -10,8 +10,9 @@ tokenizer is the demo's. The first time the folder of caches and the output fold
 one left them; the files are in the system's page cache both times.
 
 Units: seconds that passed, the slower process (a machine that others use makes them longer), and seconds of computing of the busier
-process; peak resident memory of a process in GB (10^9 bytes), the larger one, and what
-it was before `load_splits` (Python and the libraries). Written: benchmarks/results/startup.json.
+process; memory of a process in GB (10^9 bytes), the larger one: the most that was resident (RSS: pages of libraries that both
+processes share count in each), what that was before `load_splits` (Python and the libraries), and what is its own at the end with
+shared pages dealt out among those that share them (PSS). Written: benchmarks/results/startup.json.
 """
 
 import argparse
@@ -63,8 +64,16 @@ def peak_gb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
+def own_gb() -> float:
+    """Memory of this process; pages that several share count in each for its part."""
+    lines = Path("/proc/self/smaps_rollup").read_text(encoding="ascii").splitlines()
+    return sum(int(line.split()[1]) * 1024 / 1e9 for line in lines if line.startswith("Pss:"))
+
+
 def start(out: str) -> None:
     """What a script does before it loads a model; each rank writes its figures to OUT.RANK.json."""
+    from accelerate import PartialState
+
     import finetune_hf_trainer_docvqa as script
     from finetuning.arguments import parse_args
     from finetuning.data.dataset import build_dataset
@@ -89,12 +98,18 @@ def start(out: str) -> None:
     mark("check_score")
     begin_or_resume(args, train, evaluation)
     mark("begin_or_resume")
+    cpu, state = time.process_time() - cpu, PartialState()
+    # Both are there while each reads what they share.
+    state.wait_for_everyone()
+    own = own_gb()
+    state.wait_for_everyone()
     found = {
         "seconds": marks[-1][1] - marks[0][1],
-        "cpu_seconds": time.process_time() - cpu,
+        "cpu_seconds": cpu,
         "stages": {name: end - marks[index][1] for index, (name, end) in enumerate(marks[1:])},
         "peak_gb": peak_gb(),
         "base_gb": base,
+        "own_gb": own,
     }
     Path(f"{out}.{args.process_index}.json").write_text(json.dumps(found))
 
@@ -118,8 +133,7 @@ def measure(model: Path, data: Path, folder: Path) -> dict[str, dict]:
         found[turn] = {
             "seconds": round(slowest["seconds"], 2),
             "cpu_seconds": round(max(rank["cpu_seconds"] for rank in ranks), 2),
-            "peak_gb": round(max(rank["peak_gb"] for rank in ranks), 3),
-            "base_gb": round(max(rank["base_gb"] for rank in ranks), 3),
+            **{name: round(max(rank[name] for rank in ranks), 3) for name in ("peak_gb", "base_gb", "own_gb")},
             "stages": {name: round(value, 2) for name, value in slowest["stages"].items()},
         }
         print(turn, json.dumps(found[turn]), flush=True)
@@ -147,7 +161,8 @@ def main() -> None:
                 build_data(data, *CASES[name])
             folder = Path(tempfile.mkdtemp(prefix="run-", dir=work))
             print(name, flush=True)
-            recorded["cases"][name] = measure(model, data, folder)
+            cases = recorded["cases"] | {name: measure(model, data, folder)}
+            recorded["cases"] = {case: cases[case] for case in CASES if case in cases}
             shutil.rmtree(folder)
             recorded |= provenance("torch", "transformers", "accelerate", "datasets", "pyarrow")
             write(RESULT, result)

@@ -8,7 +8,7 @@
 
 A step is forward, backward, clipping and fused AdamW on one micro-batch of images of one size, each with a short question and
 answer; random weights, one process. Medians over the steps after a warm-up. Preparing the data is timed apart: workers do it
-meanwhile.
+meanwhile. cpu_seconds are those of the processor, all threads together.
 
 Units: images and tokens for each second of a step (img_per_s, tokens_per_s); seconds of each part (split); MiB. memory_step is
 the peak of torch's allocations within a step, above what was allocated before it (weights, optimizer states): on a GPU by the
@@ -48,7 +48,7 @@ from transformers import Trainer
 from finetuning.data.collator import DataCollatorForPhi3V
 from finetuning.data.encoding import encode_conversation
 from finetuning.errors import RunError, run_script
-from finetuning.training import flops
+from finetuning.training import flops, parts
 from finetuning.training.callbacks import keep_text_activations
 from finetuning.training.flops import matmul_rate
 from finetuning.training.loading import load_model, load_processor
@@ -75,8 +75,8 @@ def step_flops(
     config: Phi3VConfig, lengths: list[int], crops: int, labels: int, strategy: str, rank: int = 64
 ) -> dict[str, int]:
     """`flops.step_flops` of samples of these lengths in tokens and of a strategy of `STRATEGIES`."""
-    squares, lora_rank = sum(length**2 for length in lengths), rank if strategy in ("lora", "qlora") else 0
-    return flops.step_flops(config, sum(lengths), squares, crops, labels, strategy == "frozen", lora_rank)
+    squares = sum(length**2 for length in lengths)
+    return flops.step_flops(config, sum(lengths), squares, crops, labels, parts.STRATEGIES[strategy], rank)
 
 
 class Clock:
@@ -219,9 +219,9 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         lengths = [len(feature["input_ids"]) for feature in features]
         return {n: v.to(args.device) if torch.is_tensor(v) else v for n, v in batch.items()}, lengths, crops
 
-    def step(batch: dict[str, Any]) -> tuple[dict[str, float], float]:
+    def step(batch: dict[str, Any]) -> tuple[dict[str, float], float, float]:
         optimizer.zero_grad(set_to_none=True)
-        clock = Clock(args.device)
+        clock, begun = Clock(args.device), time.process_time()
         with torch.autocast(args.device, torch.bfloat16) if bf16 else nullcontext():
             loss = loss_of(model, batch, clock)
         loss.backward()
@@ -230,17 +230,18 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         optimizer.step()
         clock.mark("optimizer")
         split = clock.split()
-        return split, loss.item()
+        return split, loss.item(), time.process_time() - begun
 
-    splits, losses = [], []
+    splits, losses, of_the_processor = [], [], []
     for number in range(args.warmup + args.steps):
         start = time.perf_counter()
         batch, lengths, crops = prepare(number)
         data = time.perf_counter() - start
-        split, loss = step(batch)
+        split, loss, busy = step(batch)
         losses.append(loss)
         if number >= args.warmup:
             splits.append({"data": data, **split})
+            of_the_processor.append(busy)
     resident = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     peak = torch.cuda.max_memory_allocated() if args.device == "cuda" else int(resident[1]) * 1024
     optimizer.zero_grad(set_to_none=True)
@@ -258,6 +259,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "tokens": sum(lengths),
         "crops": crops,
         "seconds": round(seconds, 4),
+        "cpu_seconds": round(statistics.median(of_the_processor), 4),
         "img_per_s": round(args.micro_batch / seconds, 4),
         "tokens_per_s": round(sum(lengths) / seconds, 1),
         "model_gflop": round(needed / 1e9, 3),

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Protocol, get_type_hints
 
 import torch
 from transformers import HfArgumentParser, Trainer, TrainingArguments, get_scheduler
@@ -30,20 +30,29 @@ from .environment import (
     use_gloo_in_deepspeed,
 )
 from .errors import InputError
+from .lora_fields import read_lora_kwargs
 
 DS_CONFIGS = Path(__file__).parents[1] / "ds_configs"
 ZERO2 = DS_CONFIGS / "zero2.json"
+# Of each part of the model; training/parts.py says what they mean.
+RATES = ("vision_learning_rate", "projector_learning_rate", "lora_plus_ratio")
+PARTS, CHOICES = ("vision", "projector", "language"), ("frozen", "full", "lora")
 
-# --help lists the flags in these groups; what is not named here is a flag of TrainingArguments that passes through.
+# --help lists the flags in these groups, as far as the script has them; what is not named here is a flag of TrainingArguments that passes through.
 GROUPS = {
     "model": ["model_name_or_path", "attn_implementation", "use_flash_attention", "bf16", "fp16"],
-    "strategy": ["freeze_vision_model", "use_lora", "use_qlora", "lora_rank", "lora_alpha_ratio", "lora_dropout", "deepspeed"],
-    "data": ["data_dir", "full_train", "num_crops", "max_image_pixels", "max_length", "padding_free", "check", "on_bad_row", "max_bad_rows"],
+    "strategy": [
+        *("freeze_vision_model", "use_lora", "use_qlora", "vision", "projector", "language"),
+        *("lora_rank", "lora_alpha_ratio", "lora_dropout", "lora_kwargs", "lora_plus_ratio", "deepspeed"),
+    ],
+    "data": ["data_dir", "dataset", "columns", "mixture", "num_frames", "eval_share", "full_train", "num_crops", "max_image_pixels", "max_length", "padding_free", "check", "on_bad_row", "max_bad_rows"],
     "optimisation": [
         "batch_size",
         "per_device_train_batch_size",
         "num_train_epochs",
         "learning_rate",
+        "vision_learning_rate",
+        "projector_learning_rate",
         "weight_decay",
         "warmup_steps",
         "adam_beta1",
@@ -53,6 +62,7 @@ GROUPS = {
         "recompute",
     ],
     "evaluation": [
+        "metric",
         "eval_split",
         "eval_size",
         "per_device_eval_batch_size",
@@ -84,6 +94,9 @@ RANGES = {
     "report_rows": (0, None),
     "dataloader_num_workers": (0, 256),
     "learning_rate": (0, None),
+    "vision_learning_rate": (0, None),
+    "projector_learning_rate": (0, None),
+    "lora_plus_ratio": (1, None),
     "weight_decay": (0, None),
     "warmup_steps": (0, None),
     "seed": (0, 2**32 - 1),  # numpy's
@@ -108,6 +121,8 @@ def _switch(default: bool | None, help: str, aliases: Sequence[str] = ()) -> Any
 class RecipeArguments(TrainingArguments):
     """Arguments of a fine-tuning run; the help texts say what each is and in which unit."""
 
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "lora_kwargs"]
+
     model_name_or_path: str = _flag(
         default="microsoft/Phi-3.5-vision-instruct", help="model folder, or name on the Hugging Face hub"
     )
@@ -124,14 +139,34 @@ class RecipeArguments(TrainingArguments):
 
     freeze_vision_model: bool = _switch(False, "keep the vision tower and its projector as they are")
     use_lora: bool = _switch(False, "train LoRA adapters instead of the weights")
-    use_qlora: bool = _switch(False, "LoRA over a language model quantised to 4 bits (nf4); implies --use_lora")
+    use_qlora: bool = _switch(
+        False,
+        "LoRA over a language model quantised to 4 bits (nf4); the other parts get LoRA too, unless they are named",
+    )
+    vision: str | None = _flag(
+        default=None,
+        help="the vision tower: frozen, full or lora (default: as the flags above say, which set all three parts)",
+        metadata={"choices": [*CHOICES]},
+    )
+    projector: str | None = _flag(
+        default=None, help="the projector, likewise (default: as above)", metadata={"choices": [*CHOICES]}
+    )
+    language: str | None = _flag(
+        default=None, help="the language model, likewise (default: as above)", metadata={"choices": [*CHOICES]}
+    )
     lora_rank: int = _flag(default=64, help="rank of the LoRA matrices")
     lora_alpha_ratio: float = _flag(default=2, help="LoRA alpha divided by the rank")
     lora_dropout: float = _flag(default=0.0, help="dropout before the LoRA matrices, probability 0 to 1")
+    lora_kwargs: dict[str, Any] | str | None = _flag(
+        default=None, help="more fields of PEFT's LoraConfig as JSON, such as '{\"use_dora\": true}' (docs/parts.md)"
+    )
+    lora_plus_ratio: float | None = _flag(
+        default=None, help="LoRA+: rate of the LoRA matrices B divided by that of A (default: the same rate for both)"
+    )
     deepspeed: str | None = _flag(
         default=None,
         help="DeepSpeed: zero2, zero2_offload, zero3 or zero3_offload (ds_configs/), a config file, inline JSON, or none "
-        "(default: zero2 for full and frozen-vision fine-tuning, none for LoRA)",
+        "(default: none with LoRA on any part, else zero2)",
     )
 
     data_dir: str | None = _flag(default=None, help="folder with your own data instead of the data set on the hub")
@@ -172,6 +207,12 @@ class RecipeArguments(TrainingArguments):
     )
     num_train_epochs: float = _flag(default=1, help="passes over the training data")
     learning_rate: float = _flag(default=4e-5, help="peak learning rate")
+    vision_learning_rate: float | None = _flag(
+        default=None, help="peak learning rate of the vision tower, adapters included (default: --learning_rate)"
+    )
+    projector_learning_rate: float | None = _flag(
+        default=None, help="peak learning rate of the projector, adapters included (default: --learning_rate)"
+    )
     weight_decay: float = _flag(default=0.01, aliases=["--wd"], help="weight decay of AdamW")
     warmup_steps: float = _flag(default=50, help="optimizer steps of linear warm-up; below 1: share of all steps")
     adam_beta1: float = _flag(default=0.9, help="AdamW beta 1")
@@ -301,9 +342,13 @@ class RecipeArguments(TrainingArguments):
 
     @property
     def strategy(self) -> str:
-        """full, frozen vision, LoRA or QLoRA."""
-        name = "QLoRA" if self.use_qlora else "LoRA" if self.use_lora else "full"
-        return name + (" with frozen vision" if self.freeze_vision_model else "")
+        """full, LoRA or QLoRA, each maybe with frozen vision; of any other choice what each part is."""
+        words = {"lora": "QLoRA" if self.use_qlora else "LoRA"}
+        parts = (self.vision, self.projector, self.language)
+        if self.language != "frozen" and parts in {(self.language,) * 3, ("frozen", "frozen", self.language)}:
+            return words.get(str(self.language), "full") + (" with frozen vision" if self.freeze_vision_model else "")
+        others = ", ".join(f"{part} {str(getattr(self, part)).replace('lora', 'LoRA')}" for part in PARTS[:2])
+        return f"{others}, language {words.get(str(self.language), self.language)}"
 
     @property
     def attention(self) -> str:
@@ -312,6 +357,22 @@ class RecipeArguments(TrainingArguments):
             return "flash_attention_2"
         name = self.attn_implementation or "sdpa"
         return SDPA_PACKED if self.padding_free and name == "sdpa" else name
+
+    @property
+    def shares(self) -> dict[str, float] | None:
+        """Name of a source of rows -> share of them in an epoch; without any every row comes once; None for equal shares."""
+        return {}
+
+    @property
+    def data_paths(self) -> list[str]:
+        """Where the rows of --data_dir are: one folder, or the folders and files of a script that takes several."""
+        given: Any = self.data_dir
+        return [] if given is None else [given] if isinstance(given, str) else list(given)
+
+    @property
+    def measures_loss(self) -> bool:
+        """Whether loss and token accuracy are measured beside the scores of the answers."""
+        return False
 
     def _check_values(self):
         if not 1 <= self.num_crops <= 16:
@@ -359,6 +420,9 @@ class RecipeArguments(TrainingArguments):
                 "--use_liger_kernel: expected it left out, it does not know this model; --torch_compile fuses the same operations"
             )
         check_model_name(self.model_name_or_path, "--model_name_or_path")
+        self._check_data()
+
+    def _check_data(self):
         if self.data_dir is not None and not os.path.isdir(self.data_dir):
             raise InputError(f"--data_dir {self.data_dir}: no such folder")
         if self.data_dir is not None and self.full_train:
@@ -422,42 +486,68 @@ class RecipeArguments(TrainingArguments):
             raise InputError(
                 "--use_qlora without bitsandbytes: expected it installed; pip install bitsandbytes, or use --use_lora"
             )
-        self.use_lora = self.use_lora or self.use_qlora
+        self._derive_parts()
         self._check_attention(on_gpu)
         self._derive_deepspeed()
 
+    def _derive_parts(self):
+        """`vision`, `projector` and `language`: as named, else as the published flags say; and those flags by the parts."""
+        usual = "lora" if self.use_lora or self.use_qlora else "full"
+        chosen = {}
+        for part in PARTS:
+            frozen = self.freeze_vision_model and part != "language"
+            given = getattr(self, part)
+            chosen[part] = given or ("frozen" if frozen else usual)
+            against = [
+                *["--freeze_vision_model"] * (frozen and given not in (None, "frozen")),
+                *["--use_qlora"] * (self.use_qlora and part == "language" and given not in (None, "lora")),
+                *["--use_lora"] * (self.use_lora and given == "full"),
+            ]
+            if against:
+                others = " ".join(f"--{name} {getattr(self, name) or '...'}" for name in PARTS)
+                raise InputError(
+                    f"--{part} {given} with {against[0]}: expected flags that agree, found two answers; name the parts alone: {others}"
+                )
+        if set(chosen.values()) == {"frozen"}:
+            raise InputError(
+                "--vision, --projector and --language: expected a part that is full or lora, found all frozen; --do_train False "
+                "trains nothing"
+            )
+        self.train_parts(**chosen, in_4_bits=self.use_qlora)
+        for name in ("lora_kwargs", "lora_plus_ratio"):
+            if getattr(self, name) is not None and not self.use_lora:
+                raise InputError(f"--{name} without LoRA: expected --use_lora, or a part that is lora, beside it")
+        if self.lora_plus_ratio is not None and "full" in chosen.values():
+            raise InputError(
+                f"--lora_plus_ratio {self.lora_plus_ratio:g} with a part that is full: expected LoRA alone, since PEFT's groups "
+                "would give the biases and norms of that part the rate of the LoRA matrices B"
+            )
+        if self.lora_kwargs is not None:
+            self.lora_kwargs = read_lora_kwargs(self.lora_kwargs, set_by_flags(self), self.use_qlora)
+        for part in PARTS[:2]:
+            name = f"{part}_learning_rate"
+            if getattr(self, name) is not None and getattr(self, part) == "frozen":
+                raise InputError(f"--{name} {getattr(self, name)}: expected a {part} that is trained, found it frozen")
+
+    def train_parts(self, vision: str, projector: str, language: str, in_4_bits: bool) -> None:
+        """Sets what is trained of each part, and what the published flags then are."""
+        self.vision, self.projector, self.language, self.use_qlora = vision, projector, language, in_4_bits
+        self.use_lora = "lora" in (vision, projector, language)
+        self.freeze_vision_model = vision == projector == "frozen"
+
     def _derive_deepspeed(self):
         """`deepspeed`, a path or a dict or None, and `deepspeed_config`, its content."""
-        self.deepspeed_config: dict[str, Any] | None = None
+        self.deepspeed_config: dict[str, Any] | None
         if self.fsdp:
             # Not tested: accelerate does without it on a CPU.
             raise InputError(
                 "--fsdp: expected it left out; --deepspeed zero3 splits weights, gradients and optimizer too"
             )
-        if self.deepspeed is None and not self.use_lora:
-            self.deepspeed = str(ZERO2)
-        named = {path.stem: str(path) for path in sorted(DS_CONFIGS.glob("*.json"))}
-        if isinstance(self.deepspeed, str):
-            self.deepspeed = named.get(self.deepspeed, self.deepspeed)
-        if isinstance(self.deepspeed, str) and self.deepspeed.lower() == "none":
-            self.deepspeed = None
-        if self.deepspeed is None:
+        given = self.deepspeed
+        self.deepspeed, self.deepspeed_config = read_deepspeed(given, self.use_lora, self.use_qlora)
+        config, what = self.deepspeed_config, given or self.deepspeed
+        if config is None:
             return
-        inline, what = str(self.deepspeed).lstrip().startswith("{"), self.deepspeed
-        if not inline and not os.path.isfile(self.deepspeed):
-            raise InputError(
-                f"--deepspeed {what}: expected {', '.join(named)}, a file, inline JSON or none, found no such file"
-            )
-        try:
-            text = self.deepspeed if inline else Path(self.deepspeed).read_text(encoding="utf-8")
-            config = text if isinstance(text, dict) else json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"--deepspeed {str(what):.80}: expected JSON, found: {error}") from None
-        if not isinstance(config, dict):
-            raise InputError(f"--deepspeed {str(what):.80}: expected a JSON object, found {type(config).__name__}")
-        self.deepspeed_config = config
-        if inline:
-            self.deepspeed = dict(config)
         derived = {
             "train_micro_batch_size_per_gpu": self.per_device_train_batch_size,
             "gradient_accumulation_steps": self.gradient_accumulation_steps,
@@ -468,10 +558,11 @@ class RecipeArguments(TrainingArguments):
                     f'--deepspeed {str(what):.80}: {name}: expected "auto" or {value}, which follows from --batch_size '
                     f"{self.batch_size} and --batch_size_per_gpu {self.per_device_train_batch_size}, found {config[name]!r:.40}"
                 )
-        zero = config.get("zero_optimization")
-        if self.use_qlora and isinstance(zero, dict) and zero.get("stage") == 3:
+        rates = [f"--{name}" for name in RATES if getattr(self, name) is not None]
+        if rates and "optimizer" in config:
             raise InputError(
-                f"--use_qlora with --deepspeed {str(what):.80}: expected ZeRO-2 or none, found ZeRO-3, which cannot split 4-bit weights"
+                f"{rates[0]} with --deepspeed {str(what):.80}: expected a config without an optimizer, whose one rate holds for all "
+                "parts, found one; --optim names it"
             )
         if self.use_cpu:
             use_gloo_in_deepspeed()
@@ -558,12 +649,12 @@ class RecipeArguments(TrainingArguments):
         if self.output_dir is None:
             raise InputError("--output_dir: expected a folder")
         output = os.path.realpath(self.output_dir)
-        for name in ("model_name_or_path", "data_dir"):
-            folder = getattr(self, name)
-            if (
-                folder is not None
-                and os.path.isdir(folder)
-                and os.path.join(output, "").startswith(os.path.join(os.path.realpath(folder), ""))
+        for name, folder in [
+            ("model_name_or_path", self.model_name_or_path),
+            *(("data_dir", path) for path in self.data_paths),
+        ]:
+            if os.path.isdir(folder) and os.path.join(output, "").startswith(
+                os.path.join(os.path.realpath(folder), "")
             ):
                 where = "the same folder" if output == os.path.realpath(folder) else "a folder inside it"
                 raise InputError(
@@ -607,6 +698,59 @@ def _check_wandb() -> None:
         raise InputError(f"--report_to wandb: expected you to be logged in, found no API key; {cure}")
 
 
+def read_deepspeed(given: str | dict | None, use_lora: bool, use_qlora: bool) -> tuple[Any, dict[str, Any] | None]:
+    """What --deepspeed says: the path of a file or an inline config, and the config itself; None and None without DeepSpeed.
+
+    Args:
+        given (str | dict, optional): a name of ds_configs/, a path, JSON, or none; None: what the strategy usually takes.
+        use_lora (bool): whether adapters are trained, which usually go without DeepSpeed.
+        use_qlora (bool): whether over weights in 4 bits.
+
+    Raises:
+        InputError: where there is no such file, no JSON object in it, or one that cannot train so.
+    """
+    named = {path.stem: str(path) for path in sorted(DS_CONFIGS.glob("*.json"))}
+    what: Any = given if given is not None else "none" if use_lora else str(ZERO2)
+    if isinstance(what, str):
+        what = named.get(what, what)
+        if what.lower() == "none":
+            return None, None
+    inline = str(what).lstrip().startswith("{")
+    if not inline and not os.path.isfile(what):
+        raise InputError(
+            f"--deepspeed {what:.80}: expected {', '.join(named)}, a file, inline JSON or none, found no such file"
+        )
+    try:
+        text = what if inline else Path(what).read_text(encoding="utf-8")
+        config = text if isinstance(text, dict) else json.loads(text)
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"--deepspeed {str(what):.80}: expected JSON, found: {error}") from None
+    if not isinstance(config, dict):
+        raise InputError(f"--deepspeed {str(what):.80}: expected a JSON object, found {type(config).__name__}")
+    zero = config.get("zero_optimization")
+    if use_qlora and isinstance(zero, dict) and zero.get("stage") == 3:
+        raise InputError(
+            f"--use_qlora with --deepspeed {str(given):.80}: expected ZeRO-2 or none, found ZeRO-3, which cannot split 4-bit weights"
+        )
+    return dict(config) if inline else what, config
+
+
+class LoraFlags(Protocol):
+    """The flags of LoRA alone."""
+
+    lora_rank: int
+    lora_alpha_ratio: float
+    lora_dropout: float
+
+
+def set_by_flags(args: LoraFlags) -> dict[str, Any]:
+    """Fields of PEFT's LoraConfig that have flags of their own."""
+    alpha = float(args.lora_rank * args.lora_alpha_ratio)
+    # Kept whole where it is: PEFT writes it into adapter_config.json.
+    whole = int(alpha) if alpha.is_integer() else alpha
+    return {"r": args.lora_rank, "lora_alpha": whole, "lora_dropout": args.lora_dropout}
+
+
 def check_model_name(name: str, flag: str) -> None:
     """Checks that there is a folder of a model or an adapter, or that the name may be one on the hub.
 
@@ -638,7 +782,7 @@ class _Parser(HfArgumentParser):
         named = {name for names in GROUPS.values() for name in names}
         for title, names in {**GROUPS, OTHER: [name for name in all_fields if name not in named]}.items():
             group = self.add_argument_group(title)
-            for name in names:
+            for name in (name for name in names if name in all_fields):
                 all_fields[name].type = types[name]
                 self._parse_dataclass_field(group, all_fields[name])
 
@@ -662,11 +806,10 @@ def _first_line(error: Exception) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), repr(error))
 
 
-def _changed(namespace: argparse.Namespace) -> dict[str, Any]:
+def changed_flags(namespace: argparse.Namespace, kind: Any = RecipeArguments) -> dict[str, Any]:
     """Name of a flag -> its value, of those that differ from the recipes' defaults; the names are the published ones."""
-    kinds: Any = RecipeArguments
-    defaults, found = _Parser(kinds, allow_abbrev=False).parse_args([]), {}
-    for field in fields(RecipeArguments):
+    defaults, found = _Parser(kind, allow_abbrev=False).parse_args([]), {}
+    for field in fields(kind):
         if field.init and getattr(namespace, field.name) != getattr(defaults, field.name):
             names = [*field.metadata.get("aliases", []), field.name]
             found[names[0].lstrip("-")] = getattr(namespace, field.name)
@@ -678,19 +821,19 @@ def default_output_dir(script: str) -> str:
     return os.path.join("output", Path(script).stem.removeprefix(SCRIPT_PREFIX) or "run")
 
 
-def parse_args(argv: list[str] | None = None, **defaults) -> RecipeArguments:
+def parse_args(argv: list[str] | None = None, kind: Any = RecipeArguments, **defaults) -> RecipeArguments:
     """The arguments of a recipe, checked, and the process prepared for them, before anything expensive starts.
 
     Args:
         argv (list[str], optional): command line without the program's name.
+        kind (type[RecipeArguments]): the script's flags.
         **defaults: a task's own defaults, such as num_crops=4.
 
     Raises:
         InputError: for an unknown flag, a value out of range or flags that contradict each other.
     """
     usage = "torchrun --nproc_per_node=GPUS %(prog)s [flags]"
-    kinds: Any = RecipeArguments
-    parser = _Parser(kinds, allow_abbrev=False, usage=usage, formatter_class=_HelpFormatter)
+    parser = _Parser(kind, allow_abbrev=False, usage=usage, formatter_class=_HelpFormatter)
     parser.set_defaults(**defaults)
     namespace = parser.parse_flags(sys.argv[1:] if argv is None else argv)
     if namespace.output_dir is None:
@@ -701,8 +844,8 @@ def parse_args(argv: list[str] | None = None, **defaults) -> RecipeArguments:
     prepare_process(
         runs_on_cpu(namespace.use_cpu), namespace.ddp_backend, namespace.ddp_timeout, namespace.max_image_pixels
     )
-    args = RecipeArguments(**vars(namespace))
-    args.changed = _changed(namespace)
+    args = kind(**vars(namespace))
+    args.changed = changed_flags(namespace, kind)
     check_shared_memory(
         args.dataloader_num_workers,
         args.per_device_train_batch_size,

@@ -117,6 +117,7 @@ def compare(runs: list[dict[str, Any]], out: Path) -> None:
         common=f"{len(sums[0]):,}",
         remark=f"Each answer is scored by {runs[0]['run']['scored_by']}.",
         charts=charts,
+        sources=_sources(runs),
         settings=_settings(runs),
         data=data,
     )
@@ -213,6 +214,14 @@ def _charts(runs: list[dict[str, Any]]) -> list[tuple[str, Chart, str]]:
         chart = line_chart("score by optimizer step", scores, bounds_of(scores))
         charts.append(("Score", chart, "whiskers: 95% intervals"))
     return charts
+
+
+def _sources(runs: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
+    """The main figure of each source of rows at the end of each run; empty where a run does not have the source."""
+    # Of a page of an earlier version there are none.
+    values = [{source["name"]: source["values"][-1] for source in data["run"].get("sources", [])} for data in runs]
+    names = dict.fromkeys(name for found in values for name in found)
+    return [(name, [show(found.get(name)) for found in values]) for name in names]
 
 
 def _settings(runs: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:

@@ -35,7 +35,7 @@ from .fold import load_rows
 from .results.doubts_page import PAGE, add_twins, write_doubts_page
 from .results.judging import DOUBTS, Judge, JudgedPrompts, judge_rows, worst_first, write_doubts
 from .score import default_output_dir, flags_as_trained
-from .task_script import ROOT, load_script
+from .task_script import ROOT, TASKS, load_script
 from .training.identity import identify_model, read_run
 from .training.loading import load_processor, open_model
 from .training.saved import SavedModel, find_saved
@@ -66,7 +66,7 @@ def read_flags(argv: list[str] | None = None) -> tuple[DoubtsArguments, list[str
     )
     add(
         "--task",
-        help="docvqa, hateful_memes, nlvr2, ucf101, or the path of a script (default: the one that trained FOLDER)",
+        help=f"{', '.join(TASKS)}, or the path of a script (default: the one that trained FOLDER)",
     )
     add("--split", default="train", help="split whose rows are judged (default: %(default)s)")
     add(
@@ -94,7 +94,8 @@ def main() -> None:
         train_folds(own, task, begin)
     flags = ["--do_train", "False", "--model_name_or_path", own.folder, *as_trained, *given]
     # Each process judges by itself: nothing is split among them.
-    args = parse_args([*flags, "--output_dir", str(own.output_dir), "--deepspeed", "none"])
+    flags += ["--output_dir", str(own.output_dir), "--deepspeed", "none"]
+    args = parse_args(flags, kind=_kind_of(script), **_defaults_of(script))
     stop_signals.install()
     processor = load_processor(args)
     rows = load_rows(script.load_splits, args, own.split)
@@ -111,12 +112,14 @@ def main() -> None:
         return
     add_twins(doubts)
     write_doubts(output / DOUBTS, worst_first(doubts))
+    places = [args.data_dir] if isinstance(args.data_dir, str) else args.data_dir or []
+    names = places or [item["name"] for item in args.hub_data]
     facts = {
         "rows": f"{len(dataset):,} of {own.split}, {len(prompts):,} answers",
-        "data": args.data_dir or ", ".join(item["name"] for item in args.hub_data),
+        "data": ", ".join(names),
         "judged by": f"{own.folds} models, each trained without the rows that it judges" if own.folds else own.folder,
     }
-    title = f"Doubts about the answers of {os.path.basename(os.path.normpath(args.data_dir or task))}"
+    title = f"Doubts about the answers of {', '.join(os.path.basename(os.path.normpath(name)) for name in names)}"
     write_doubts_page(output / PAGE, doubts, dataset, args.report_rows, title, facts, not own.folds)
     others = sum(not item.agrees for item in doubts)
     twins = sum(bool(item.twins) for item in doubts)
@@ -133,6 +136,16 @@ def _task_of(folder: str, saved: SavedModel) -> str:
         found = f"{name}, which is not here" if name else "no run.json that names it"
         raise InputError(f"FOLDER {folder}: expected the script that trained it, found {found}; give --task")
     return str(path)
+
+
+def _kind_of(script: Any) -> type[RecipeArguments]:
+    """The script's flags: those of all recipes, or what it adds to them."""
+    kinds = [kind for kind in vars(script).values() if isinstance(kind, type) and issubclass(kind, RecipeArguments)]
+    return max(kinds, key=lambda kind: len(kind.__mro__), default=RecipeArguments)
+
+
+def _defaults_of(script: Any) -> dict[str, Any]:
+    return {"num_crops": script.NUM_CROPS} if hasattr(script, "NUM_CROPS") else {}
 
 
 def _began_from(saved: SavedModel) -> str:

@@ -20,6 +20,7 @@ import difflib
 import json
 import math
 import os
+import shlex
 import sys
 import tempfile
 from dataclasses import dataclass, replace
@@ -31,12 +32,18 @@ import torch
 
 from phi3v import Phi3VConfig
 
-from .arguments import ZERO2, RecipeArguments, _Parser
+from .arguments import RecipeArguments, _Parser, changed_flags, read_deepspeed
 from .command_line import CommandParser
 from .errors import InputError
-from .training.fitting import RECOMPUTE, STRATEGIES, Planner, Setting, deepspeed_configs, setting_of, smaller
-from .training.memory import GIB, Memory, main_memory, usable_bytes
+from .training.fitting import RECOMPUTE, Planner, Setting, deepspeed_configs, setting_of, smaller
+from .training.memory import GIB, Memory, main_memory, usable_bytes, zero_of
+from .training.parts import STRATEGIES
 from .training.speed import CARDS, step_seconds, usual_card
+
+STRATEGY_FLAGS = ("freeze_vision_model", "use_lora", "use_qlora", "vision", "projector", "language")
+# Flags that a setting or the card decides on.
+DECIDED = {*STRATEGY_FLAGS, "deepspeed", "recompute", "batch_size_per_gpu", "hub_token"}
+DECIDED |= {"bf16", "fp16", "use_flash_attention", "attn_implementation"}
 
 
 @dataclass(frozen=True)
@@ -121,6 +128,7 @@ def run_arguments(flags: list[str]) -> RecipeArguments:
     kinds: Any = RecipeArguments
     parser = _Parser(kinds, allow_abbrev=False, add_help=False)
     found = parser.parse_flags(flags)
+    changed = changed_flags(found)
     engine, flash = found.deepspeed, found.use_flash_attention or found.attn_implementation == "flash_attention_2"
     half = found.fp16 is not False or found.bf16
     found.use_cpu, found.deepspeed, found.fp16, found.bf16 = True, "none", None, half
@@ -134,15 +142,8 @@ def run_arguments(flags: list[str]) -> RecipeArguments:
     if not os.path.isdir(given):
         found.model_name_or_path = "official/sizes"
     args = RecipeArguments(**vars(found))
-    args.model_name_or_path, args.recompute, args.use_flash_attention = given, recompute, flash
-    if engine is None:
-        engine = "none" if args.use_lora else str(ZERO2)
-    args.deepspeed, args.deepspeed_config = engine, None
-    if engine.lower() != "none":
-        try:
-            args.deepspeed_config = json.loads(engine if engine.startswith("{") else Path(engine).read_text())
-        except (OSError, ValueError) as error:
-            raise InputError(f"--deepspeed {engine:.80}: expected a file, JSON or none, found: {error}") from None
+    args.model_name_or_path, args.recompute, args.use_flash_attention, args.changed = given, recompute, flash, changed
+    args.deepspeed, args.deepspeed_config = read_deepspeed(engine, args.use_lora, args.use_qlora)
     return args
 
 
@@ -165,7 +166,7 @@ def gpus_of(own: argparse.Namespace) -> tuple[int, float, str]:
 
 def model_config(name: str) -> Phi3VConfig:
     """The sizes of a model folder; of any other name the official ones."""
-    return Phi3VConfig.from_pretrained(name) if os.path.isdir(name) else Phi3VConfig()
+    return Phi3VConfig.from_pretrained(name, trust_remote_code=False) if os.path.isdir(name) else Phi3VConfig()
 
 
 def samples_of(own: argparse.Namespace, args: RecipeArguments) -> Samples:
@@ -179,10 +180,10 @@ def samples_of(own: argparse.Namespace, args: RecipeArguments) -> Samples:
         name = "a Letter page" if (tokens, crops) == (2529, 17) else "as given"
         return Samples(own.rows, tokens, crops, 12, tokens, tokens**2, crops, name)
     # Here, because it takes a second.
-    from .task_script import load_script
+    from .task_script import OWN_DATA, load_script
     from .validate import check_folder, load_processor
 
-    script = load_script(own.task) if own.task else None
+    script = load_script(own.task) if own.task not in (None, OWN_DATA) else None
     processor, remarks = load_processor(args.model_name_or_path, args.num_crops)
     print(*(f"remark: {remark}" for remark in remarks), sep="\n", end="\n" * bool(remarks), file=sys.stderr)
     to_conversation = getattr(script, "to_conversation", None)
@@ -216,33 +217,35 @@ def plan_rows(planner: Planner, own_setting: Setting, usable: float) -> list[Row
     engines = [*deepspeed_configs()]
     if own_setting.deepspeed not in engines:
         engines.append(own_setting.deepspeed)
-    for strategy, engine, recompute, size in product(STRATEGIES, engines, RECOMPUTE[::-1], sizes):
-        # bitsandbytes' weights cannot be split over the GPUs.
-        if strategy == "qlora" and "zero3" in engine:
-            continue
+    strategies = dict.fromkeys([*STRATEGIES, own_setting.strategy])
+    for strategy, engine, recompute, size in product(strategies, engines, RECOMPUTE[::-1], sizes):
         setting = Setting(strategy, engine, recompute, size)
+        # bitsandbytes' weights cannot be split over the GPUs.
+        if "qlora" in strategy and zero_of(planner.arguments(setting)).get("stage") == 3:
+            continue
         memory = planner.memory(setting)
         rows.append(Row(setting, memory, memory.peak <= usable))
     return rows
 
 
-def recommend(rows: list[Row], own: Setting, chosen: bool, seconds) -> Row | None:
+def recommend(rows: list[Row], own: Setting, changed: dict[str, Any], seconds) -> Row | None:
     """The fastest way of the best strategy that fits, with the DeepSpeed config that shares least among the GPUs.
 
     Args:
         rows (list[Row]): all.
         own (Setting): of the run.
-        chosen (bool): whether its flags name a strategy, which is then kept to, offloaded if need be; else full, lora and
-            qlora are tried, in this order, nothing offloaded.
+        changed (dict): its flags. A strategy that they name is kept to, offloaded if need be, and so is a DeepSpeed config;
+            else full, lora and qlora are tried, in this order, nothing offloaded.
         seconds (Callable): Setting -> seconds of a step.
     """
+    chosen = any(name in changed for name in STRATEGY_FLAGS)
     found = [row for row in rows if row.fits]
     for strategy in [own.strategy] if chosen else ["full", "lora", "qlora"]:
         # 16-bit weights without a float32 copy lose small updates: full fine-tuning goes with DeepSpeed.
         engines = ["none"] if "lora" in strategy else ["zero2", "zero3"]
         if chosen:
             engines += ["zero2_offload", "zero3_offload"]
-        for engine in engines:
+        for engine in [own.deepspeed] if "deepspeed" in changed else engines:
             fitting = [row for row in found if (row.setting.strategy, row.setting.deepspeed) == (strategy, engine)]
             if fitting:
                 return min(fitting, key=lambda row: seconds(row.setting))
@@ -254,11 +257,12 @@ def format_table(rows: list[Row], usable: float) -> str:
     sizes = sorted({row.setting.micro_batch for row in rows})
     columns = list(product(RECOMPUTE[::-1], sizes))
     head = "".join(f"  {'recompute ' + name:<{8 * len(sizes) - 2}}" for name in RECOMPUTE[::-1])
+    width = 1 + max(6, *(len(row.setting.strategy) for row in rows))
     lines = [
         f"peak GiB of each GPU; (n): over the {usable / GIB:.1f} that can be allocated",
-        f"{'micro-batch':<21}{head}",
+        f"{'micro-batch':<{width + 14}}{head}",
     ]
-    lines.append(f"{'':<21}" + "".join(f"{size:>8}" for _, size in columns))
+    lines.append(f"{'':<{width + 14}}" + "".join(f"{size:>8}" for _, size in columns))
     by = {
         (row.setting.strategy, row.setting.deepspeed, row.setting.recompute, row.setting.micro_batch): row
         for row in rows
@@ -269,21 +273,25 @@ def format_table(rows: list[Row], usable: float) -> str:
             row = by[strategy, engine, *column]
             figure = f"{row.memory.peak / GIB:.1f}"
             cells += f"{figure if row.fits else f'({figure})':>8}"
-        lines.append(f"{strategy:<7}{engine:<14}{cells}")
+        name = engine if engine in deepspeed_configs() else "your own"
+        lines.append(f"{strategy:<{width}}{name:<14}{cells}")
     return "\n".join(lines)
 
 
 def command(args: RecipeArguments, setting: Setting, gpus: int, bf16: bool, task: str | None) -> str:
-    """The command of a setting."""
+    """The command of a setting, with the flags of `args` that no setting decides on."""
     script = task if task and task.endswith(".py") else f"finetune_hf_trainer_{task or 'docvqa'}.py"
     words = [f"torchrun --nproc_per_node={gpus} {script}"]
     words += ["--bf16 --use_flash_attention"] * bf16 + [setting.flags()]
-    words += [f"--data_dir {args.data_dir}"] * (args.data_dir is not None)
-    words += [f"--batch_size {args.batch_size}"] * (args.batch_size != 16)
-    optimizer = getattr(args.optim, "value", args.optim)
-    words += [f"--optim {optimizer}"] * ("8bit" in str(optimizer))
-    words += ["--padding_free"] * args.padding_free
+    for name, value in args.changed.items():
+        if name not in DECIDED:
+            words += [f"--{name}", *([] if value is True else [shlex.quote(_as_word(value))])]
     return " ".join(words)
+
+
+def _as_word(value: Any) -> str:
+    """A flag's value as the command line has it."""
+    return json.dumps(value) if isinstance(value, dict) else str(getattr(value, "value", value))
 
 
 def describe_memory(memory: Memory) -> str:
@@ -347,8 +355,7 @@ def make_plan(own: argparse.Namespace, args: RecipeArguments) -> Plan:
     fitting = [row for row in same if row.fits]
     mine = (fitting or same)[-1 if fitting else 0] if automatic else next(r for r in same if r.setting == setting)
     found = Plan(planner, samples, card, memory, usable, rows, mine, None)
-    chosen = args.use_lora or args.freeze_vision_model
-    return replace(found, best=recommend(rows, setting, chosen, found.seconds))
+    return replace(found, best=recommend(rows, setting, args.changed, found.seconds))
 
 
 def report(plan: Plan, dollars: float | None, task: str | None) -> str:

@@ -17,7 +17,7 @@ import torch
 from .arguments import check_model_name
 from .command_line import CommandParser
 from .errors import run_script
-from .task_script import load_script
+from .task_script import TASKS, load_script
 from .training.saved import SavedModel, find_saved
 
 
@@ -60,9 +60,7 @@ def main() -> None:
     """Scores what the command line says."""
     parser = CommandParser("score", __doc__, usage="%(prog)s FOLDER --task TASK [flags of the task's script]")
     parser.add_argument("folder", help="model, adapter, output folder or checkpoint-N; or ORGANISATION/NAME on the hub")
-    parser.add_argument(
-        "--task", required=True, help="docvqa, hateful_memes, nlvr2, ucf101, or the path of a script of your own"
-    )
+    parser.add_argument("--task", required=True, help=f"{', '.join(TASKS)}, or the path of a script of your own")
     args, flags = parser.parse_known_args()
     script = load_script(args.task)
     sys.argv = [str(script.__file__), *script_flags(args.folder, flags)]

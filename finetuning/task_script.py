@@ -9,7 +9,9 @@ from .data.shown import printable
 from .errors import InputError
 
 ROOT = Path(__file__).parents[1]
-TASKS = ("docvqa", "hateful_memes", "nlvr2", "ucf101")
+TASKS = ("docvqa", "hateful_memes", "nlvr2", "ucf101", "own_data")
+# Its rows are of the forms that `validate` and `plan` read without a script.
+OWN_DATA = "own_data"
 
 
 def load_script(task: str) -> ModuleType:

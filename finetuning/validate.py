@@ -3,8 +3,9 @@
     python -m finetuning.validate DATA_DIR --num_crops 4 --max_length 4096
     python -m finetuning.validate MEMES_DIR --task hateful_memes
     python -m finetuning.validate LLAVA_DIR --convert OUT
+    python -m finetuning.validate pages.csv --columns image=path question=frage answer=antwort
 
-It reads the rows that finetuning/data/formats.py describes; with --task those of a script, by the script's own
+It reads what finetune_hf_trainer_own_data.py reads (docs/own-data.md); with --task those of a script, by the script's own
 `to_conversation`, and counts with its number of crops. What it passes is what training takes: one reader, one limit of
 pixels, one count of tokens.
 
@@ -16,7 +17,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from multiprocessing.pool import ThreadPool
@@ -35,6 +36,7 @@ from phi3v.image_processing_phi3_v import MAX_NUM_CROPS, hd_size, padded_size
 from phi3v.processing_phi3_v import find_tags
 
 from .command_line import CommandParser
+from .data.clips import Frame, most_crops
 from .data.conversation import check_conversation, control_tokens, to_messages
 from .data.formats import (
     SPLITS,
@@ -52,7 +54,8 @@ from .data.lengths import conversation_lengths
 from .data.shown import printable
 from .environment import MAX_IMAGE_PIXELS, limit_pixels
 from .errors import InputError
-from .task_script import TASKS, load_script
+from .own_data_arguments import MOST_FRAMES, NUM_FRAMES, parse_columns
+from .task_script import OWN_DATA, TASKS, load_script
 
 BATCH = 1000  # samples checked together: images by all cores, texts by one call of the tokenizer
 PERCENTILES = {"p50": 50, "p95": 95, "p99": 99, "max": 100}
@@ -127,17 +130,21 @@ def check_folder(
     everything: bool = True,
     to_conversation: Callable[[Any], Any] | None = None,
     only: Sequence[str] | None = None,
+    columns: Mapping[str, str] | None = None,
+    num_frames: int = NUM_FRAMES,
 ) -> tuple[list[Fault], list[str], dict[str, SplitFigures]]:
-    """Checks all files of a folder, a batch of samples at a time.
+    """Checks all files of a folder, or one file, a batch of samples at a time.
 
     Args:
-        folder (Path): with jsonl files or json lists.
+        folder (Path): the folder or file, see `formats.find_files`.
         processor: as `load_processor` gives it; its image processor's num_crops counts.
         images (str): "decode" reads every image to its end, "headers" its size alone, "paths" looks whether it is there.
         max_length (int, optional): longest sample allowed, in tokens.
         everything (bool): goes on after the first batch with a fault.
         to_conversation (Callable, optional): a script's own, for rows of its task.
         only (Sequence[str], optional): names of the splits to check; by default all.
+        columns (Mapping[str, str], optional): field of a known form -> name of the column that holds it.
+        num_frames (int): frames of a clip.
 
     Returns:
         tuple: faults in the order of files and lines, remarks, and the figures of each split over its good samples.
@@ -154,7 +161,11 @@ def check_folder(
     pictures: dict[str, ImageFigures] = {}
     uses: list[tuple] = []
     native = False
-    items = iter(tqdm(read_samples(files, to_conversation, only), unit=" samples", leave=False, disable=None))
+    items = iter(
+        tqdm(
+            read_samples(files, to_conversation, only, columns, num_frames), unit=" samples", leave=False, disable=None
+        )
+    )
     with ThreadPool(len(os.sched_getaffinity(0))) as pool:
         while batch := list(islice(items, BATCH)):
             for fault in (item for item in batch if isinstance(item, Fault)):
@@ -195,20 +206,22 @@ def check_folder(
     return sorted(faults, key=lambda fault: (order.get(fault.file, -1), fault.line or 0)), remarks, splits
 
 
-def inspect_image(source: str | dict[str, Any], images: str, image_processor: Phi3VImageProcessor) -> ImageFigures:
+def inspect_image(
+    source: str | dict[str, Any] | Frame, images: str, image_processor: Phi3VImageProcessor
+) -> ImageFigures:
     """Size, crops and tokens of an image, or what is wrong with it; `images` as in `check_folder`."""
     try:
         size = len(source["bytes"]) if isinstance(source, dict) else None
         if isinstance(source, str | os.PathLike) and os.path.isfile(source):
             size = os.path.getsize(source)
-        if images == "paths" and size is not None:
+        if images == "paths" and (size is not None or (isinstance(source, Frame) and os.path.isfile(source.path))):
             return ImageFigures()
         width, height = load_image(source).size if images == "decode" else image_size(source)
     except InputError as error:
         return ImageFigures(fault=str(error))
-    crop = image_processor.crop_size
-    width_padded, height_padded = padded_size(*hd_size(width, height, image_processor.num_crops, crop), crop)
-    tokens = image_processor.calc_num_image_tokens_from_image_size(width, height)
+    crop, [most] = image_processor.crop_size, most_crops([source], image_processor.num_crops)
+    width_padded, height_padded = padded_size(*hd_size(width, height, most, crop), crop)
+    tokens = image_processor.calc_num_image_tokens_from_image_size(width, height, most)
     return ImageFigures(size, 1 + width_padded * height_padded // crop**2, tokens)
 
 
@@ -362,14 +375,18 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """The flags of `python -m finetuning.validate`."""
     parser = CommandParser("validate", __doc__)
     add = parser.add_argument
-    add("data_dir", type=Path, help="folder with jsonl files, or with json files that hold a list")
+    add("data_dir", type=Path, help="folder with jsonl, json, csv or Parquet files, or one such file")
     task = f"rows of a task's own form: {', '.join(TASKS)}, or the path of a script of your own"
     add("--task", help=task)
+    named = "names of columns that are called otherwise, such as image=path question=frage answer=antwort"
+    add("--columns", nargs="+", metavar="FIELD=COLUMN", help=named)
     only = "check only these splits, such as the two that training reads (default: all files)"
     add("--splits", nargs="+", metavar="NAME", help=only)
     crops = "most crops of an image, as in training (default: 16, or what the script of --task takes)"
     add("--num_crops", type=int, choices=range(1, MAX_NUM_CROPS + 1), metavar="N", help=crops)
     pixels = f"largest image that is opened, in pixels, as in training (default {MAX_IMAGE_PIXELS:,})"
+    frames = "frames of a clip, evenly spread (default: 8)"
+    add("--num_frames", type=int, choices=range(1, MOST_FRAMES + 1), default=NUM_FRAMES, metavar="N", help=frames)
     add("--max_image_pixels", type=int, default=MAX_IMAGE_PIXELS, help=pixels)
     add("--max_length", type=int, help="longest sample allowed, in tokens (default: what the model can take)")
     add("--model_name_or_path", default="microsoft/Phi-3.5-vision-instruct", help="model whose tokenizer counts")
@@ -382,7 +399,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     for name in ("max_length", "max_image_pixels"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise InputError(f"--{name} {value}: expected at least 1 {'token' if name == 'max_length' else 'pixel'}")
-    if args.convert and args.task:
+    if args.convert and args.task not in (None, OWN_DATA):
         raise InputError("--convert and --task: expected one of them; scripts read the rows of their task as they are")
     return args
 
@@ -391,24 +408,33 @@ def main(argv: list[str] | None = None) -> int:
     """Checks what the command line says; exit status 0 for a clean folder, 2 for a fault or a bad call."""
     try:
         args = parse_args(argv)
-        if not args.data_dir.is_dir():
-            raise InputError(f"{printable(str(args.data_dir))}: expected a folder, found no such folder")
+        if not args.data_dir.exists():
+            raise InputError(f"{printable(str(args.data_dir))}: expected a folder or a file, found no such path")
+        columns = parse_columns(args.columns)
         if args.convert:
             refuse_existing(args.convert)
-        script = load_script(args.task) if args.task else None
+        script = load_script(args.task) if args.task not in (None, OWN_DATA) else None
         num_crops = args.num_crops or getattr(script, "NUM_CROPS", 16)
         limit_pixels(args.max_image_pixels)
         processor, remarks = load_processor(args.model_name_or_path, num_crops)
         max_length = args.max_length or getattr(processor.tokenizer, "model_max_length", None)
         to_conversation = getattr(script, "to_conversation", None)
         faults, more, splits = check_folder(
-            args.data_dir, processor, args.images, max_length, args.all, to_conversation, args.splits
+            args.data_dir,
+            processor,
+            args.images,
+            max_length,
+            args.all,
+            to_conversation,
+            args.splits,
+            columns,
+            args.num_frames,
         )
         remarks += more
         if args.images == "paths":
             remarks.append("--images paths: no image was opened; crops and image tokens are not counted")
         if args.convert and not faults:
-            convert(args.data_dir, args.convert)
+            convert(args.data_dir, args.convert, columns, args.num_frames)
         if args.convert:
             remarks.append(
                 f"--convert {args.convert}: " + ("nothing written: expected no fault" if faults else "written")

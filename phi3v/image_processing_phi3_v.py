@@ -4,6 +4,7 @@ import base64
 import binascii
 import io
 import math
+from collections.abc import Sequence
 from numbers import Integral
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -258,7 +259,7 @@ class Phi3VImageProcessor(BaseImageProcessor):
     def preprocess(
         self,
         images,
-        num_crops: int | None = None,
+        num_crops: int | Sequence[int] | None = None,
         return_tensors: str | TensorType | None = TensorType.PYTORCH,
         **kwargs,
     ) -> BatchFeature:
@@ -266,7 +267,7 @@ class Phi3VImageProcessor(BaseImageProcessor):
 
         Args:
             images: PIL images, NumPy arrays, torch tensors or files, see `to_pil`.
-            num_crops (int, optional): most HD crops of an image, instead of the processor's own.
+            num_crops (int or list[int], optional): most HD crops of an image, or of each image, instead of the processor's own.
             return_tensors (str, optional): "pt" (the default) or "np".
 
         Returns:
@@ -275,12 +276,17 @@ class Phi3VImageProcessor(BaseImageProcessor):
             pixels; num_img_tokens, list[int], image tokens of each image.
 
         Raises:
-            ValueError: if `num_crops` is out of range or an image cannot be used.
+            ValueError: if `num_crops` is out of range or not one for each image, or an image cannot be used.
         """
         images = _flatten(images)
         if not images:
             raise ValueError("found no image: expected at least one")
-        images = [self.hd_transform(image, num_crops) for image in images]
+        of_each = num_crops if isinstance(num_crops, Sequence) else [num_crops] * len(images)
+        if len(of_each) != len(images):
+            raise ValueError(
+                f"num_crops for {len(of_each)} image(s): expected one number, or one for each of {len(images)}"
+            )
+        images = [self.hd_transform(image, crops) for image, crops in zip(images, of_each, strict=True)]
         sizes = [image.shape[:2] for image in images]
         counts = [1 + height * width // self.crop_size**2 for height, width in sizes]
         pixel_values = torch.empty(sum(counts), 3, self.crop_size, self.crop_size)

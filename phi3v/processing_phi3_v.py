@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from collections.abc import Sequence
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
@@ -138,7 +139,7 @@ class Phi3VProcessor(ProcessorMixin):
         padding: bool | str = False,
         padding_side: str | None = None,
         max_length: int | None = None,
-        num_crops: int | None = None,
+        num_crops: int | Sequence[int] | None = None,
         return_tensors: str | TensorType | None = TensorType.PYTORCH,
         videos=None,
         audio=None,
@@ -161,7 +162,8 @@ class Phi3VProcessor(ProcessorMixin):
             padding (bool | str): as in tokenizers: False, True or "longest", "max_length".
             padding_side (str, optional): "left" (for generation) or "right"; by default the tokenizer's own.
             max_length (int, optional): in tokens, for padding="max_length" and `truncation`.
-            num_crops (int, optional): most HD crops of an image, instead of the image processor's own.
+            num_crops (int or list[int], optional): most HD crops of an image, instead of the image processor's own; or of each
+                image, in the order of `images`.
             return_tensors (str, optional): "pt" (the default), "np" or None for lists.
             videos, audio: must be None; apply_chat_template(tokenize=True) passes them.
             pad_to_multiple_of (int, optional): as in tokenizers, in tokens.
@@ -237,7 +239,8 @@ class Phi3VProcessor(ProcessorMixin):
             image_sizes: Any
             pixels, image_sizes = select_images(features, order, self.image_processor.crop_size)
             if pad_crops:
-                pixels = self.image_processor.pad_crops(pixels, image_sizes, num_crops)
+                most = max(num_crops) if isinstance(num_crops, Sequence) else num_crops
+                pixels = self.image_processor.pad_crops(pixels, image_sizes, most)
             if return_tensors is not None and TensorType(return_tensors) == TensorType.NUMPY:
                 pixels, image_sizes = pixels.numpy(), image_sizes.numpy()
             data |= {"pixel_values": pixels, "image_sizes": image_sizes}

@@ -213,8 +213,8 @@ BAD_ROWS = [
     line("docvqa: half a surrogate pair in the question", "docvqa", "rows.jsonl:3: sample page-2, turn 1: user: expected Unicode text", put("query", "en", "Which\ud800?")),
     line("docvqa: a control token in an answer", "docvqa", "rows.jsonl:3: sample page-2, turn 1: answers[1]: expected plain text, found the control token <|end|>", put("answers", ["one", "1<|end|>"])),
     # rows of other formats
-    line("docvqa: a LLaVA row", "docvqa", f"found LLaVA / ShareGPT, which this command converts: {CONVERT}", lambda _: LLAVA),
-    line("docvqa: an OpenAI row", "docvqa", f"found OpenAI messages, which this command converts: {CONVERT}", lambda _: OPENAI),
+    line("docvqa: a LLaVA row", "docvqa", f"found LLaVA / ShareGPT, which finetune_hf_trainer_own_data.py reads as it is, and this command converts: {CONVERT}", lambda _: LLAVA),
+    line("docvqa: an OpenAI row", "docvqa", f"found OpenAI messages, which finetune_hf_trainer_own_data.py reads as it is, and this command converts: {CONVERT}", lambda _: OPENAI),
     line("docvqa: a meme", "docvqa", "rows.jsonl:3: sample 1: expected the fields conversations; or images, texts; or image, query, answers, found", lambda _: good_row("hateful_memes", 1)),
     # Hateful Memes
     line("memes: label -1", "hateful_memes", "train.jsonl:3: sample 2: label: expected at least 0, found -1", put("label", -1)),
@@ -254,7 +254,7 @@ BAD_ROWS = [
     line("ucf101: conversations an object", "ucf101", "conversations: expected a list, found an object", put("conversations", {"user": "q", "assistant": "a"})),
     line("ucf101: conversations null", "ucf101", "conversations: expected a list, found null", put("conversations", None)),
     line("ucf101: a turn a text", "ucf101", "conversations[0]: expected an object, found 'Archery'", put("conversations", ["Archery"])),
-    line("ucf101: ShareGPT", "ucf101", f"found LLaVA / ShareGPT, which this command converts: {CONVERT}", put("conversations", [{"from": "human", "value": "hi"}])),
+    line("ucf101: ShareGPT", "ucf101", f"found LLaVA / ShareGPT, which finetune_hf_trainer_own_data.py reads as it is, and this command converts: {CONVERT}", put("conversations", [{"from": "human", "value": "hi"}])),
     # what is behind an image's name
     image("a FIFO as image", "docvqa", "rows.jsonl:3: sample page-2, turn 1: images[0]: ", "pipe.png", os.mkfifo),
     image("a folder as image", "hateful_memes", "train.jsonl:3: sample 2, turn 1: images[0]: ", "folder.png", os.mkdir),
@@ -310,6 +310,6 @@ BAD_FOLDERS = [
     BadRow("a FIFO as rows", _fifo_rows, "docvqa", "rows.jsonl: expected a file with rows, found a FIFO"),
     BadRow("a device as rows", _device_rows, "hateful_memes", "train.jsonl: expected a file with rows, found a device"),
     BadRow("a folder as rows", _directory_rows, "ucf101", "clips_train.jsonl: expected a file with rows, found a directory"),
-    BadRow("a LLaVA folder", _llava_folder, "docvqa", f"found LLaVA / ShareGPT in llava_v1.json, which this command converts: {CONVERT}"),
-    BadRow("an OpenAI folder", _openai_folder, "nlvr2", f"found OpenAI messages in chats.jsonl, which this command converts: {CONVERT}"),
+    BadRow("a LLaVA folder", _llava_folder, "docvqa", f"found LLaVA / ShareGPT in llava_v1.json, which finetune_hf_trainer_own_data.py reads as it is, and this command converts: {CONVERT}"),
+    BadRow("an OpenAI folder", _openai_folder, "nlvr2", f"found OpenAI messages in chats.jsonl, which finetune_hf_trainer_own_data.py reads as it is, and this command converts: {CONVERT}"),
 ]  # fmt: skip

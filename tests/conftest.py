@@ -29,6 +29,8 @@ def pytest_addoption(parser):
     parser.addoption(
         "--bad-inputs", help="json file to write the line that each bad input gets to (needs tests/scripts)"
     )
+    parser.addoption("--mixed-rows", help="json file to write the losses of mixed rows to (slow, needs tests/scripts)")
+    parser.addoption("--own-inputs", help="json file to write the scores of each form of data to (needs tests/scripts)")
 
 
 def pytest_terminal_summary(terminalreporter, config):

@@ -59,7 +59,7 @@ def to_conversation(row: dict) -> Conversation:
         Turn(turn["question"], turn["references"], turn.get("images", []), turn.get("choices", []))
         for turn in row.get("turns", [row])
     ]
-    return Conversation(row["id"], turns)
+    return Conversation(row["id"], turns, row.get("source", ""))
 
 
 def score(predictions) -> dict[str, float]:

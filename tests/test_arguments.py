@@ -659,7 +659,14 @@ def test_the_ends_of_a_range_are_taken(name):
         # an effective batch smaller than the micro-batch is one round
         if value is not None:
             # no workers: what they would need of the shared memory is another question
-            args = parse_args(["--dataloader_num_workers", "0", "--eval_strategy", "steps", f"--{name}", str(value)])
+            flags = [
+                "--dataloader_num_workers",
+                "0",
+                "--eval_strategy",
+                "steps",
+                *["--use_lora"] * name.startswith("lora"),
+            ]
+            args = parse_args([*flags, f"--{name}", str(value)])
             assert getattr(args, name) == value
 
 

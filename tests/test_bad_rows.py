@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import tiny
-from bad_rows import BAD_FOLDERS, BAD_ROWS, BadRow, write_folder
+from bad_rows import BAD_FOLDERS, BAD_ROWS, IMAGES, BadRow, write_folder
 
 from finetuning import validate
 from finetuning.data.conversation import check_conversation, check_unique_ids, control_tokens
@@ -67,7 +67,7 @@ def test_validate_says_the_same(bad, tmp_path, model, capsys):
     assert bad.expected.removeprefix("rows.jsonl:3: ") in line
 
 
-@pytest.mark.parametrize("task", validate.TASKS)
+@pytest.mark.parametrize("task", IMAGES)
 def test_the_folders_are_good_but_for_their_fault(task, tmp_path, model, capsys):
     from bad_rows import good_row
 

@@ -12,6 +12,7 @@ from finetuning.arguments import RecipeArguments, _Parser
 from finetuning.data.collator import DataCollatorForPhi3V
 from finetuning.data.encoding import encode_conversation
 from finetuning.training.loading import load_model, load_processor
+from phi3v import Phi3VConfig
 
 own_process = pytest.fixture(autouse=True)(recipe.own_process)
 
@@ -123,22 +124,42 @@ def figures(seconds: float, memory: float) -> dict:
     return result | {"mfu": 0.5, "split": {"vision": seconds}}
 
 
-def test_levers_are_related_to_what_they_are_taken_from(folder, tmp_path, monkeypatch):
+def test_levers_are_related_to_their_base_and_the_base_to_itself(folder, tmp_path, monkeypatch):
     cases = []
 
     def run_case(_folder, *flags):
         cases.append(flags)
-        return figures(10, 100) if "--reference" in flags and "--with" not in flags else figures(4, 50)
+        is_base = any(flags[len(flags) - len(group.base.flags) :] == tuple(group.base.flags) for group in bases)
+        return {"cpu_seconds": 8 + 4 * (cases.count(flags) - 1), "memory_step": 100} if is_base else given
 
+    given = {"cpu_seconds": 5, "memory_step": 50}
+    bases = [group for group in levers.GROUPS if group.base.flags]
+    monkeypatch.setattr(levers, "GROUPS", bases)
     monkeypatch.setattr(levers, "run_case", run_case)
-    result = call(levers, tmp_path / "a.json", "--weights", str(folder))["levers"]
-    assert len(result) == len(cases) == 2 + len(levers.ALWAYS) + len(levers.FLAGS)
-    assert {"time", "memory"}.isdisjoint(result[0])
-    for entry in result[1 : 2 + len(levers.ALWAYS)]:
-        assert (entry["time"], entry["memory"]) == (0.4, 0.5)  # of the reference
-    for entry in result[2 + len(levers.ALWAYS) :]:
-        assert (entry["time"], entry["memory"]) == (1, 1)  # of the product
-        assert "kept" in entry["verdict"]
+    monkeypatch.setattr(levers, "count", lambda _: {"gb": 7})
+    for flags in ([], ["--counts"]):  # which keeps the times
+        result = call(levers, tmp_path / "a.json", "--weights", str(folder), *flags)["levers"]
+        assert [entry["lever"] for entry in result if entry["lever"] == entry["base"]] == [g.base.what for g in bases]
+        for entry in result:
+            assert entry["gb"] == 7
+            if entry["lever"] == entry["base"]:
+                assert (entry["seconds"], entry["noise"]) == (10, 0.333)
+            else:
+                assert (entry["time"], entry["memory"]) == (0.5, 0.5)
+                assert "kept" in entry["verdict"] or "product" in entry["lever"]
+
+
+def test_levers_are_counted_in_full_size():
+    found = {lever.what: lever.count for group in levers.GROUPS for lever in (group.base, *group.levers)}
+    (peft, own) = (count() for what, count in found.items() if "PEFT" in what or "second product" in what)
+    assert own.flops == peft.flops
+    assert own.traffic < 0.7 * peft.traffic
+    product, again = (count() for what, count in found.items() if what.startswith(("the product", "all layers")))
+    # The official steps' own count, where nothing is recomputed: an attention kernel's backward pass takes a product more.
+    assert product.flops == pytest.approx(
+        train_step.step_flops(Phi3VConfig(), [2529], 17, 12, "full")["step"], rel=0.02
+    )
+    assert again.flops > 1.2 * product.flops
 
 
 def test_the_gpu_run_outlives_its_cases_and_goes_on_where_it_was(tmp_path, monkeypatch):
@@ -200,7 +221,7 @@ def test_the_checks_of_a_device_hold_on_a_cpu_and_find_a_wrong_kernel(monkeypatc
 
     def wrong(*args, **kwargs):
         found = right(*args, **kwargs)
-        return torch.where(torch.arange(found.shape[-2])[:, None] == 70, torch.nan, found)
+        return torch.where(torch.arange(found.shape[-2])[:, None] == 20, torch.nan, found)
 
     right = torch.nn.functional.scaled_dot_product_attention
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", wrong)

@@ -1,4 +1,4 @@
-"""convert_ucf101.py on clips whose frames show their own number as black and white columns."""
+"""convert_ucf101.py on clips whose frames show their own number, see clips.py."""
 
 import fcntl
 import io
@@ -12,12 +12,12 @@ import sys
 import tarfile
 import time
 from collections import defaultdict
-from fractions import Fraction
 from pathlib import Path, PurePosixPath
 
 import av
 import numpy as np
 import pytest
+from clips import make_clip, make_sound, number_in, turn_clip
 from PIL import Image
 
 import convert_ucf101
@@ -26,38 +26,11 @@ from finetuning.errors import InputError
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data")
-# Rows of the display matrix of an mp4, 16.16 fixed point, by clockwise turn in degrees.
-MATRICES = {90: (0, 1, -1, 0), 180: (-1, 0, 0, -1), 270: (0, -1, 1, 0)}
-
-
-def numbered_frame(number: int, size: tuple[int, int]) -> av.VideoFrame:
-    """A frame of 8 columns, column b white where bit b of the number is set."""
-    width, height = size
-    bits = [255 * (number >> bit & 1) for bit in range(8)]
-    row = np.repeat(np.array(bits, dtype=np.uint8), width // 8)
-    return av.VideoFrame.from_ndarray(np.broadcast_to(row[None, :, None], (height, width, 3)).copy(), format="rgb24")
-
-
-def make_clip(path: Path, count: int, size=(128, 64), codec: str = "mpeg4", gap=lambda _: 1) -> Path:
-    """Writes a clip of `count` numbered frames; `gap` gives the time from a frame to the next one, in 1/25 s."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w") as container:
-        container.metadata["title"] = "TITLE"
-        stream = container.add_stream(codec, rate=25, width=size[0], height=size[1], pix_fmt="yuv420p")
-        time_now = 0
-        for number in range(count):
-            frame = numbered_frame(number, size)
-            frame.pts, frame.time_base = time_now, Fraction(1, 25)
-            time_now += gap(number)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-    return path
 
 
 def shown_number(image: Path) -> int:
     """The number that a converted frame shows."""
-    columns = np.asarray(Image.open(image).convert("L"), dtype=float).mean(axis=0).reshape(8, -1).mean(axis=1)
-    return sum(1 << bit for bit in range(8) if columns[bit] > 127)
+    return number_in(Image.open(image))
 
 
 def taken(out_dir: Path, target: str, num_frames: int = 8) -> list[int]:
@@ -168,17 +141,6 @@ def test_frames_keep_their_size_and_look_as_decoded(convert, tmp_path):
     assert errors["coarse"] > 2 * errors["fine"]
 
 
-@pytest.mark.parametrize("count", [1, 3, 7, 8, 9, 10, 100, 149])
-def test_frame_indices_are_even_and_repeat_only_in_a_shorter_clip(count):
-    indices = convert_ucf101.frame_indices(count, 8)
-    assert indices == evenly(count)
-    assert indices[0] == 0
-    assert indices[-1] < count
-    assert len(set(indices)) == min(8, count)
-    steps = np.diff(indices)
-    assert steps.max() - steps.min() <= 1
-
-
 # Clips that are not what their header says
 
 
@@ -240,11 +202,7 @@ def test_awkward_clips(convert, tmp_path):
 def test_rotation_is_honoured(tmp_path, degrees, corner):
     # Frame 1 is white on the left only; its upper left corner goes where a clockwise turn takes it.
     clip, size = make_clip(tmp_path / "a.mp4", 8, size=(128, 64)), (128, 64)
-    data = bytearray(clip.read_bytes())
-    a, b, c, d = MATRICES[degrees]
-    fields = (a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30)
-    struct.pack_into(">9i", data, data.index(b"tkhd") + 44, *fields)
-    clip.write_bytes(data)
+    turn_clip(clip, degrees)
     (tmp_path / "partial").mkdir()
     assert convert_ucf101.convert_clip(clip, tmp_path / "a", 8, 92, tmp_path / "partial") == ("", "")
     image = Image.open(tmp_path / "a.1.jpg").convert("L")
@@ -299,12 +257,7 @@ def test_a_bad_clip_is_listed_and_the_exit_status_says_so(clips, tmp_path):
 
 
 def test_sound_without_pictures_is_a_bad_clip(tmp_path):
-    with av.open(str(tmp_path / "a.mp4"), "w") as container:
-        stream = container.add_stream("aac", rate=8000)
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), dtype=np.float32), format="fltp", layout="mono")
-        frame.rate = 8000
-        container.mux(stream.encode(frame))
-        container.mux(stream.encode())
+    make_sound(tmp_path / "a.mp4")
     (tmp_path / "partial").mkdir()
     note, fault = convert_ucf101.convert_clip(tmp_path / "a.mp4", tmp_path / "a", 8, 92, tmp_path / "partial")
     assert (note, fault) == ("", "no video stream")

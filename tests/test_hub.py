@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -69,7 +70,7 @@ def args(model):
 def hasty(monkeypatch):
     """Gives up after 8 seconds in place of 35: a busy machine may take some for a healthy answer."""
     monkeypatch.setattr(download, "STALL_SECONDS", 8)
-    monkeypatch.setattr(download, "REQUEST_SECONDS", 1)
+    monkeypatch.setattr(download, "REQUEST_SECONDS", 2)
     monkeypatch.setattr(download, "RETRY_AFTER", (0.1, 0.1, 0.1))
     yield
     if download._Download.last:
@@ -231,6 +232,16 @@ def test_a_download_by_the_hubs_own_command_is_enough(hub, args):
     assert load_hub(args, DOCVQA, split="test")["id"] == ["test_0", "test_1", "test_2"]
 
 
+def test_the_copy_is_enough_when_the_files_of_the_hub_are_removed(hub, home, args):
+    """Half of the disk that a data set takes is free again after the first start."""
+    before = list(load_hub(args, DOCVQA))
+    downloaded = [path for path in (home / "hub").rglob("*.parquet") if path.is_file()]
+    assert downloaded
+    shutil.rmtree(home / "hub")
+    hub.fault = Fault("silent")
+    assert list(load_hub(args, DOCVQA)) == before
+
+
 def test_half_a_download_by_the_hubs_own_command_is_not_taken_for_all(args):
     huggingface_hub.snapshot_download(CAULDRON, repo_type="dataset", allow_patterns=["README.md", "nlvr2/*00000-of*"])
     assert len(load_hub(args, CAULDRON, "nlvr2")) == ROWS["nlvr2"]
@@ -271,7 +282,7 @@ def test_a_fault_of_the_hub_is_one_line(hub, args, capfd, fault, words):
     hub.fault = fault
     start = time.monotonic()
     message = refusal(load_hub, args, DOCVQA)
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 40
     assert message.startswith(f"{DOCVQA}: expected it from {hub.endpoint}, found: ")
     for word in (*words, "--data_dir"):
         assert word in message

@@ -370,3 +370,14 @@ def test_padded_crops_are_the_official_layout():
     for image, crops, count in zip(padded, features["pixel_values"].split(counts), counts, strict=True):
         assert torch.equal(image[:count], crops)
         assert not image[count:].any()
+
+
+def test_each_image_may_have_crops_of_its_own():
+    images = [tiny.picture(90, 50, seed) for seed in range(3)]
+    processor = tiny.processor(16).image_processor
+    together = processor(images, num_crops=[16, 4, 1])
+    apart = [processor(image, num_crops=most) for image, most in zip(images, (16, 4, 1), strict=True)]
+    assert together["image_sizes"].equal(torch.cat([found["image_sizes"] for found in apart]))
+    assert together["pixel_values"].equal(torch.cat([found["pixel_values"] for found in apart]))
+    with pytest.raises(ValueError, match=r"num_crops for 2 image\(s\): expected one number, or one for each of 3"):
+        processor(images, num_crops=[16, 4])

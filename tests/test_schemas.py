@@ -356,4 +356,4 @@ def test_what_the_scripts_read_is_json(tmp_path):
     (tmp_path / "train.jsonl").write_text(json.dumps(GOOD) + "\n")
     (tmp_path / "test.jsonl").write_text("\n" + json.dumps(GOOD) + "\n")
     train, test = nlvr2.load_splits(SimpleNamespace(data_dir=str(tmp_path), eval_split=None, do_train=True))
-    assert [row.where for row in train + test] == [f"{tmp_path}/train.jsonl:1", f"{tmp_path}/test.jsonl:2"]
+    assert [row.where for row in (*train, *test)] == [f"{tmp_path}/train.jsonl:1", f"{tmp_path}/test.jsonl:2"]

@@ -357,7 +357,7 @@ def test_rows_with_a_field_split(tmp_path, model, capsys):
     ("flags", "found"),
     [
         (["gone"], "gone: expected a folder"),
-        (["empty"], "empty: expected a folder with jsonl files, or with json files that hold a list, found none"),
+        (["empty"], "empty: expected files with rows (.jsonl, .parquet, .csv, .tsv, .json) in this folder, found none"),
         (["empty", "--num_crops", "17"], "--num_crops"),
         (["empty", "--max_length", "0"], "--max_length 0: expected at least 1 token"),
         (["empty", "--colour"], "--colour"),

@@ -12,7 +12,7 @@ from phi3v import Phi3VProcessor
 
 from ..errors import InputError, describe_script_error
 from .conversation import Conversation, check_conversation, control_tokens
-from .encoding import check_length, count_tokens
+from .encoding import check_length, count_tokens, image_tokens
 from .fingerprint import Fingerprint, Fingerprints, fingerprint
 from .images import image_size, image_sizes, load_images
 from .length_cache import UNKNOWN, LengthCache, key_of
@@ -36,11 +36,12 @@ class BadRow:
 
 @dataclass
 class Checked:
-    """What is found of some rows: number, length in tokens (`UNKNOWN`: not counted) and key of each good one, and the bad ones."""
+    """What is found of some rows: number, length in tokens (`UNKNOWN`: not counted), key and source of each good one, and the bad ones."""
 
     numbers: np.ndarray
     lengths: np.ndarray
     keys: np.ndarray
+    sources: list[str]
     fingerprints: Fingerprints
     bad: list[BadRow] = field(default_factory=list)
     fault: tuple[int, str] | None = None  # of the script's own code
@@ -123,6 +124,7 @@ class Checker:
             np.array([good[place].index for place in kept], np.int64),
             lengths[kept],
             keys[kept],
+            [good[place].conversation.source for place in kept],
             Fingerprints.of(good[place].known for place in kept),
             [bad[index] for index in sorted(bad)],
             fault,
@@ -165,23 +167,24 @@ class Checker:
             if not counted(item.index):
                 continue
             try:
-                tokens.append(self._image_tokens(item.conversation))
+                tokens.append(image_tokens(item.conversation, self.processor, self._size))
                 missing.append(place)
             except InputError as error:
                 refuse(item.index, item.where, f"{item.where}: {error}")
         lengths[missing] = conversation_lengths([good[place].conversation for place in missing], tokens, self.processor)
-        for item, length in zip(good, lengths.tolist(), strict=True):
+        # A damaged picture that is to be answered is left out now, not met in the middle of an evaluation.
+        decoded = self.skip and self.split == "eval"
+        most = self.args.max_length
+        longer = np.flatnonzero(lengths > most).tolist() if most is not None else []
+        for place in range(len(good)) if decoded else longer:
+            item = good[place]
             try:
-                check_length(length, self.args.max_length, f"sample {printable(item.conversation.id)}")
-                if self.skip and self.split == "eval" and counted(item.index):
+                check_length(int(lengths[place]), most, f"sample {printable(item.conversation.id)}")
+                if decoded and counted(item.index):
                     load_images(item.conversation)
             except InputError as error:
                 refuse(item.index, item.where, f"{item.where}: {error}")
         return lengths, keys, len(missing)
-
-    def _image_tokens(self, conversation: Conversation) -> list[int]:
-        count = self.processor.image_processor.calc_num_image_tokens_from_image_size
-        return [count(*size) for size in image_sizes(conversation, self._size)]
 
     def _size(self, source: Any) -> tuple[int, int]:
         return self._sizes(source) if isinstance(source, str) else image_size(source)
@@ -193,6 +196,7 @@ def join(parts: Sequence[Checked]) -> Checked:
         np.concatenate([part.numbers for part in parts]),
         np.concatenate([part.lengths for part in parts]),
         np.concatenate([part.keys for part in parts]),
+        [source for part in parts for source in part.sources],
         Fingerprints(pa.concat_tables([part.fingerprints.table for part in parts])),
         [row for part in parts for row in part.bad],
         counted=sum(part.counted for part in parts),

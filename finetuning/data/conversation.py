@@ -1,6 +1,7 @@
 """Conversation, what the rows of every task become: its turns, its chat messages, and what its texts may hold."""
 
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -12,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from phi3v.processing_phi3_v import IMAGE_TAG, find_tags
 
 from ..errors import InputError
+from .clips import Frame
 from .shown import printable, shown
 
 
@@ -23,7 +25,8 @@ class Turn:
         user (str): the question, not blank. Pictures are shown before it, unless user texts of the conversation hold tags:
             `<|image_1|>` then stands where the first of all its pictures belongs, and every picture needs its tag.
         answers (list[str]): acceptable answers; training picks one in each epoch, evaluation may compare with all.
-        images (list): pictures of this turn: paths, PIL images, or the {"bytes", "path"} of a `datasets.Image` column.
+        images (list): pictures of this turn: paths, PIL images, or the {"bytes", "path"} of a `datasets.Image` column; and what
+            `clips.clip_frames` makes of a clip.
         choices (list[str]): for a closed question all possible answers; evaluation then records their probabilities.
     """
 
@@ -41,14 +44,21 @@ class Conversation:
         id (str): the row's own, no other row of its split may have it: messages, predictions and the choice among several
             answers go by it. A row without one gets it in `load_splits`, such as its number.
         turns (list[Turn]): questions and answers in order, at least one.
+        source (str): where the row comes from, if there are several places: their losses and scores are told apart.
     """
 
     id: str
     turns: list[Turn]
+    source: str = ""
 
     @property
     def images(self) -> list:
         return [image for turn in self.turns for image in turn.images]
+
+
+def has_tags(conversation: Conversation) -> bool:
+    """Whether the user texts say where the pictures belong; else each turn's stand before its text."""
+    return any(IMAGE_TAG.search(turn.user) for turn in conversation.turns)
 
 
 def to_messages(conversation: Conversation, answers: Sequence[str]) -> list[dict[str, str]]:
@@ -56,7 +66,7 @@ def to_messages(conversation: Conversation, answers: Sequence[str]) -> list[dict
 
     Images are tagged before the text of their turn unless a user text of the conversation holds tags of its own.
     """
-    tagged = any(IMAGE_TAG.search(turn.user) for turn in conversation.turns)
+    tagged = has_tags(conversation)
     messages, number = [], 0
     for index, turn in enumerate(conversation.turns[: len(answers) + 1]):
         tags = ""
@@ -100,7 +110,7 @@ def check_picture(value: Any) -> Any:
         path = value.get("path")
     if path.strip() if isinstance(path, str) else isinstance(path, os.PathLike):
         return value
-    if isinstance(value, Image.Image):
+    if isinstance(value, Image.Image | Frame):
         return value
     raise ValueError(f"expected a picture (a path, a PIL image or an object with bytes or path), found {shown(value)}")
 
@@ -122,36 +132,42 @@ def check_conversation(conversation: Conversation, control: Sequence[str]) -> No
         check_text(conversation.id)
     except ValueError as error:
         raise InputError(f"Conversation.id: {error}") from None
-    where = f"sample {printable(conversation.id)}"
+    # Every start and every sample comes by here: what only a message needs is made where there is one.
     if not isinstance(conversation.turns, list | tuple) or not conversation.turns:
-        raise InputError(f"{where}: turns: expected a list with at least one Turn, found {shown(conversation.turns)}")
+        found = f"turns: expected a list with at least one Turn, found {shown(conversation.turns)}"
+        raise InputError(f"sample {printable(conversation.id)}: {found}")
     for number, turn in enumerate(conversation.turns, 1):
         try:
             _check_turn(turn, control)
         except ValueError as error:
-            raise InputError(f"{where}, turn {number}: {error}") from None
+            raise InputError(f"sample {printable(conversation.id)}, turn {number}: {error}") from None
+    if not has_tags(conversation):
+        return
     text = "\n".join(
         message["content"] for message in to_messages(conversation, [turn.answers[0] for turn in conversation.turns])
     )
     try:
         find_tags(text, len(conversation.images))
     except ValueError as error:
-        raise InputError(f"{where}: {printable(str(error), 400)}") from None
+        raise InputError(f"sample {printable(conversation.id)}: {printable(str(error), 400)}") from None
 
 
 def _check_turn(turn: Turn, control: Sequence[str]) -> None:
     """Raises a ValueError that begins with the field."""
     if not isinstance(turn, Turn):
         raise ValueError(f"expected a Turn, found {shown(turn)}")
-    _check_text_field("user", turn.user, control)
+    if fault := _text_fault(turn.user, control):
+        raise ValueError(f"user: {fault}")
     for name, kind in (("answers", "at least one answer"), ("choices", "all possible answers")):
         texts = getattr(turn, name)
         if not isinstance(texts, list | tuple) or (name == "answers" and not texts):
             raise ValueError(f"{name}: expected a list with {kind}, found {shown(texts)}")
         for index, text in enumerate(texts):
-            _check_text_field(f"{name}[{index}]", text, control)
-            if IMAGE_TAG.search(text):
-                raise ValueError(f"{name}[{index}]: expected image tags in user texts only, found {shown(text)}")
+            fault = _text_fault(text, control)
+            if fault is None and IMAGE_TAG.search(text):
+                fault = f"expected image tags in user texts only, found {shown(text)}"
+            if fault:
+                raise ValueError(f"{name}[{index}]: {fault}")
     repeated = next((text for index, text in enumerate(turn.choices) if text in turn.choices[:index]), None)
     if repeated is not None:
         raise ValueError(f"choices: expected different answers, found {shown(repeated)} twice")
@@ -164,16 +180,24 @@ def _check_turn(turn: Turn, control: Sequence[str]) -> None:
             raise ValueError(f"images[{index}]: {error}") from None
 
 
-def _check_text_field(name: str, text: Any, control: Sequence[str]) -> None:
+def _text_fault(text: Any, control: Sequence[str]) -> str | None:
+    """What is wrong with a text, None where nothing is."""
     try:
         check_text(text).encode()
     except UnicodeEncodeError:
-        raise ValueError(f"{name}: expected Unicode text, found half a surrogate pair in {shown(text)}") from None
+        return f"expected Unicode text, found half a surrogate pair in {shown(text)}"
     except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
-    token = next((token for token in control if token in text), None)
-    if token is not None:
-        raise ValueError(f"{name}: expected plain text, found the control token {token}; remove it")
+        return str(error)
+    if not _any_of(tuple(control)).search(text):
+        return None
+    token = next(token for token in control if token in text)
+    return f"expected plain text, found the control token {token}; remove it"
+
+
+@lru_cache
+def _any_of(tokens: tuple[str, ...]) -> re.Pattern:
+    """Finds in one pass whether any of the tokens stands in a text."""
+    return re.compile("|".join(map(re.escape, tokens)) if tokens else r"(?!)")
 
 
 def check_unique_ids(ids: Iterable[str], place: Callable[[int], str]) -> None:

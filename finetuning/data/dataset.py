@@ -2,7 +2,8 @@
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,6 +21,7 @@ from .conversation import Conversation, check_unique_ids
 from .encoding import encode_conversation
 from .fingerprint import Fingerprint, Fingerprints
 from .length_cache import UNKNOWN, LengthCache, cache_file
+from .mixture import Mixture
 from .reading import sample_rows, select, spread, where
 
 # Rows whose texts are kept to show what has changed; of all others the digests are.
@@ -33,7 +35,7 @@ class DataArguments(Protocol):
     """The flags that `build_dataset` reads: do_train, max_length in tokens, eval_size in rows, and so on (see --help)."""
 
     do_train: bool
-    data_dir: str | None
+    data_dir: Any  # a folder, several of them, or None
     max_length: int | None
     seed: int
     eval_size: int | None
@@ -54,6 +56,8 @@ class ConversationDataset(torch.utils.data.Dataset):
         fingerprints (list[Fingerprint]): of each row, on the first rank; empty on the others.
         bad_rows (list[BadRow]): rows that were left out.
         skip_bad (bool): a row that turns out to be damaged when it is read gives no sample, and a line; else an error.
+        mixture (Mixture, optional): which rows an epoch trains; by default every row once.
+        sources (Mapping[str, int], optional): name of each place that rows come from, see `Conversation.source` -> its rows.
     """
 
     def __init__(
@@ -67,10 +71,13 @@ class ConversationDataset(torch.utils.data.Dataset):
         fingerprints: Sequence[Fingerprint] = (),
         bad_rows: Sequence[BadRow] = (),
         skip_bad: bool = False,
+        mixture: Mixture | None = None,
+        sources: Mapping[str, int] | None = None,
     ):
         self.rows, self.to_conversation, self.processor = rows, to_conversation, processor
         self.lengths, self.max_length, self.seed = lengths, max_length, seed
         self.fingerprints, self.bad_rows, self.skip_bad = Fingerprints.of(fingerprints), list(bad_rows), skip_bad
+        self.mixture, self.sources = mixture, dict(sources or {})
         # In shared memory, so that workers that live on from epoch to epoch see it too.
         self._epoch = torch.zeros((), dtype=torch.long).share_memory_()
 
@@ -95,6 +102,11 @@ class ConversationDataset(torch.utils.data.Dataset):
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def epoch_size(self) -> int:
+        """Samples of an epoch."""
+        return len(self.rows) if self.mixture is None else len(self.mixture)
 
     def __getitem__(self, index: int | None) -> dict[str, Any] | None:
         """Features of a row, see `encode_conversation`; None for None, a place without a sample (see `StepSampler`)."""
@@ -135,15 +147,19 @@ def build_dataset(
     """
     purpose = {"train": "to train on", "eval": "to answer"}[split]
     if not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__") or isinstance(rows, (str, dict)):
+        # What `load_dataset(streaming=True)` gives: too large for a list, or it would not be streamed.
+        streamed = type(rows).__name__ == "IterableDataset"
+        cure = "load_dataset without streaming=True keeps the rows on the disk" if streamed else "list(...) makes one"
         raise InputError(
-            f"load_splits: expected a list or datasets.Dataset of rows {purpose}, found {type(rows).__name__}; list(...) makes one"
+            f"load_splits: expected a list or datasets.Dataset of rows {purpose}, found {type(rows).__name__}; {cure}"
         )
     if split == "eval":
         rows = sample_rows(rows, args.eval_size)
     if split == "train" and args.do_train and not len(rows):
         raise InputError("load_splits: expected at least one row to train on, found none")
-    name = getattr(args, "data_dir", None) or os.path.basename(sys.argv[0])
-    cache = LengthCache(cache_file(processor, os.path.realpath(name), split))
+    given = getattr(args, "data_dir", None) or os.path.basename(sys.argv[0])
+    places = [os.path.realpath(place) for place in ([given] if isinstance(given, str) else given)]
+    cache = LengthCache(cache_file(processor, *places, split))
     found = _check_together(Checker(rows, to_conversation, processor, args, split, cache, ROWS_WITH_TEXT), args)
     _refuse_bad_rows(found.bad, len(rows), args, purpose)
     numbers = found.numbers
@@ -162,7 +178,17 @@ def build_dataset(
         found.fingerprints if PartialState().is_main_process else (),
         found.bad,
         args.on_bad_row == "skip",
+        _mixture(found.sources, args) if split == "train" else None,
+        Counter(found.sources),
     )
+
+
+def _mixture(sources: Sequence[str], args: DataArguments) -> Mixture | None:
+    """None where every row is trained once."""
+    shares = getattr(args, "shares", {})
+    if shares is not None and all(share == 1 for share in shares.values()):
+        return None
+    return Mixture(sources, shares, args.seed)
 
 
 def _check_together(checker: Checker, args: DataArguments) -> Checked:

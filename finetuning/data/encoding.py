@@ -1,6 +1,7 @@
 """A conversation as the features that the model trains on."""
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 from transformers.image_processing_base import BatchFeature
@@ -11,8 +12,9 @@ from phi3v.modeling_phi3_v import IGNORE_INDEX
 from phi3v.processing_phi3_v import find_tags
 
 from ..errors import InputError
+from .clips import most_crops
 from .conversation import Conversation, check_conversation, control_tokens, to_messages
-from .images import image_sizes, load_images
+from .images import image_size, image_sizes, load_images
 from .lengths import conversation_lengths
 from .shown import printable
 
@@ -35,10 +37,12 @@ def label_answers(input_ids: list[int], processor: Phi3VProcessor) -> list[int]:
     return labels
 
 
-def training_ids(conversation: Conversation, answers: list[str], processor: Phi3VProcessor, image_tokens: list[int]):
+def training_ids(
+    conversation: Conversation, answers: list[str], processor: Phi3VProcessor, tokens_of_images: list[int]
+):
     """input_ids of a trained conversation: the chat template over all turns and a final `<|endoftext|>`."""
     text = processor.apply_chat_template(to_messages(conversation, answers))
-    return processor.tokenize(text, image_tokens) + [processor.tokenizer.eos_token_id]
+    return processor.tokenize(text, tokens_of_images) + [processor.tokenizer.eos_token_id]
 
 
 def encode_conversation(
@@ -53,7 +57,7 @@ def encode_conversation(
         epoch, seed (int): choose among several answers.
 
     Returns:
-        dict: id; input_ids and labels, list[int] of equal length; with images pixel_values, float32, (crops, 3, crop size,
+        dict: id and source; input_ids and labels, list[int] of equal length; with images pixel_values, float32, (crops, 3, crop size,
         crop size), and image_sizes, int64, (images, 2), in the order of the tags.
 
     Raises:
@@ -64,10 +68,12 @@ def encode_conversation(
     answers = choose_answers(conversation, epoch, seed)
     images, features = load_images(conversation), BatchFeature()
     if images:
-        features = processor.image_processor(images)
+        crops = most_crops(conversation.images, processor.image_processor.num_crops)
+        features = processor.image_processor(images, num_crops=crops)
     ids = training_ids(conversation, answers, processor, features.get("num_img_tokens", []))
     check_length(len(ids), max_length, where)
-    encoded = {"id": conversation.id, "input_ids": ids, "labels": label_answers(ids, processor)}
+    encoded = {"id": conversation.id, "source": conversation.source}
+    encoded |= {"input_ids": ids, "labels": label_answers(ids, processor)}
     if images:
         text = "\n".join(message["content"] for message in to_messages(conversation, answers))
         order = [number - 1 for number in find_tags(text, len(images))]
@@ -78,9 +84,17 @@ def encode_conversation(
 
 def count_tokens(conversation: Conversation, processor: Phi3VProcessor) -> int:
     """Length of the trained conversation in tokens, with its longest answers, from the headers of its images alone."""
-    count = processor.image_processor.calc_num_image_tokens_from_image_size
-    tokens = [count(*size) for size in image_sizes(conversation)]
-    return conversation_lengths([conversation], [tokens], processor)[0]
+    return conversation_lengths([conversation], [image_tokens(conversation, processor)], processor)[0]
+
+
+def image_tokens(
+    conversation: Conversation, processor: Phi3VProcessor, size: Callable[[Any], tuple[int, int]] = image_size
+) -> list[int]:
+    """Image tokens of each picture of a conversation, from the headers alone; `size` as in `image_sizes`."""
+    images = processor.image_processor
+    crops = most_crops(conversation.images, images.num_crops)
+    sizes = image_sizes(conversation, size)
+    return [images.calc_num_image_tokens_from_image_size(*one, most) for one, most in zip(sizes, crops, strict=True)]
 
 
 def check_length(length: int, max_length: int | None, where: str) -> None:

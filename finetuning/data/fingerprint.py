@@ -12,6 +12,7 @@ import xxhash
 from PIL import Image
 
 from ..errors import InputError
+from .clips import Frame
 from .conversation import Conversation
 from .shown import printable
 
@@ -84,8 +85,8 @@ class Fingerprints(Sequence[Fingerprint]):
             yield from zip(*(column.to_pylist() for column in batch.columns), strict=True)
 
 
-def fingerprint(conversation: Conversation, folder: str | None = None) -> Fingerprint:
-    """Fingerprint of a conversation; paths of pictures count relative to `folder`, so that it may be moved."""
+def fingerprint(conversation: Conversation, folder: str | Sequence[str] | None = None) -> Fingerprint:
+    """Fingerprint of a conversation; paths of pictures count relative to `folder`, or to one of several, so that it may be moved."""
     prompts = [[turn.user, list(turn.choices)] for turn in conversation.turns]
     answers = [list(turn.answers) for turn in conversation.turns]
     pictures = [[identify_picture(source, folder) for source in turn.images] for turn in conversation.turns]
@@ -98,7 +99,7 @@ def digest(value: Any) -> bytes:
     return xxhash.xxh3_64_digest(repr(value).encode(errors="surrogatepass"))
 
 
-def identify_picture(source: Any, folder: str | None = None) -> tuple:
+def identify_picture(source: Any, folder: str | Sequence[str] | None = None) -> tuple:
     """What tells a picture from others without decoding it; `source` as in `open_image`."""
     if isinstance(source, dict) and source.get("bytes") is not None:
         return source.get("path"), len(source["bytes"]), xxhash.xxh3_64_hexdigest(source["bytes"])
@@ -107,17 +108,23 @@ def identify_picture(source: Any, folder: str | None = None) -> tuple:
         with suppress(OSError, SyntaxError, ValueError):
             return source.size, source.mode, xxhash.xxh3_64_hexdigest(source.tobytes())
         source = getattr(source, "filename", "")
+    frame: tuple = ()
+    if isinstance(source, Frame):
+        source, frame = source.path, (source.number, source.num_frames)
     path = source["path"] if isinstance(source, dict) else os.fspath(source)
     try:
         status = os.stat(path)
     except OSError as error:
-        raise InputError(f"{printable(path)}: expected an image file, found: {error.strerror}") from None
-    start = _beginning(folder)
-    inside = start and path.startswith(start)
-    return os.path.normpath(path[len(start) :]) if inside else path, status.st_size, status.st_mtime_ns
+        expected = "a video file" if frame else "an image file"
+        raise InputError(f"{printable(path)}: expected {expected}, found: {error.strerror}") from None
+    folders = (folder,) if isinstance(folder, str) else tuple(folder or ())
+    start = next((start for start in map(_beginning, folders) if path.startswith(start)), "")
+    name = os.path.normpath(path[len(start) :]) if start else path
+    return name, status.st_size, status.st_mtime_ns, *frame
 
 
 @lru_cache
-def _beginning(folder: str | None) -> str:
-    """How the paths of the files in a folder begin."""
-    return os.path.join(os.path.normpath(folder), "") if folder else ""
+def _beginning(place: str) -> str:
+    """How the paths of the files in a folder begin, or of those beside a file."""
+    place = os.path.normpath(place)
+    return os.path.join(os.path.dirname(place) if os.path.isfile(place) else place, "")

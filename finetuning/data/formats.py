@@ -1,53 +1,34 @@
-"""Rows of a data folder in the native form, whatever they came in: native, LLaVA, ShareGPT, OpenAI; and converting them.
+"""Rows of a data folder in the native form, whatever they came in, for `validate`; and converting them.
 
-Reads every jsonl file of the folder or, where there is none, every json file, which then holds a list. Rows may be
-
-- native (README): {"id", "conversations": [{"images", "user", "assistant"}]};
-- LLaVA or ShareGPT: {"id", "image" or "images": a path or a list, "conversations": [{"from", "value"}]}, where each
-  `<image>` in a text stands for the next image;
-- OpenAI: {"messages": [{"role", "content"}]}, content a text, or parts of the types text, image_url and image;
-- of one task's own form, where its script's `to_conversation` is given.
-
-Image paths of chat formats are relative to the folder or to its images/; system messages are put before the first user
-text, an empty line between them. `convert` writes OUT/converted_SPLIT.jsonl and OUT/images/ (hard links where possible);
-there a row without an id gets FILE-LINE, and an id that is used again its line.
+Reads the files that `own_rows.data_files` finds, in the forms of `known_forms.py`; or rows of one task's own form, where its
+script's `to_conversation` is given. `convert` writes OUT/converted_SPLIT.jsonl and OUT/images/ (hard links where possible); there
+a row without an id gets FILE-LINE, and an id that is used again its line.
 """
 
-import base64
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlparse
-
-from pydantic import ValidationError
 
 from ..errors import InputError
+from ..own_data_arguments import NUM_FRAMES
+from .clips import Frame, frame_jpeg
 from .conversation import Conversation, check_conversation
 from .jsonl import iterate_rows
+from .known_forms import VIDEO_FIELDS, is_question, known_conversation, locate_pictures
+from .own_rows import LOOKED_AT, check_columns, data_files, name_columns, open_file
 from .reading import check_split
 from .rows import Row, resolve_images
-from .schemas import (
-    ChatMessage,
-    ChatPart,
-    ChatRow,
-    ConvertedRow,
-    chat_format,
-    describe_fault,
-    parse_row,
-    row_id,
-    sample_name,
-)
+from .schemas import ConvertedRow, chat_format, parse_row, row_id, sample_name
 from .shown import printable, shown
 
-MARK = "<image>"
-ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 SPLITS = ("train", "val", "validation", "dev", "test", "eval")
 
 
@@ -89,55 +70,62 @@ class Sample:
 
 
 def image_name(source: Any) -> str:
-    """Path of an image, or what stands for the path of one that came as bytes."""
-    return str(source["path"] if isinstance(source, dict) else source)
+    """Path of an image; of one that came as bytes what tells it from others, by content."""
+    if not isinstance(source, dict):
+        return str(source)
+    path = Path(str(source.get("path") or ""))
+    if not source.get("bytes") or re.fullmatch(r"[0-9a-f]{64}", path.stem):
+        return str(source["path"])
+    return f"{hashlib.sha256(source['bytes']).hexdigest()}{path.suffix or '.png'}"
 
 
 def split_of(path: Path) -> str:
-    return path.stem.rpartition("_")[2]
+    """The last word of a file's name; of the parts of a split, as the hub names them, the split."""
+    return re.split(r"[_.]|-(?=\D)", re.sub(r"-\d+-of-\d+$", "", path.stem))[-1]
 
 
-def find_files(folder: Path) -> list[Path]:
-    """The files with rows.
+def find_files(path: Path) -> list[Path]:
+    """The files with rows: the file that is given; of a folder its jsonl files, or else those of the one kind that is there.
 
     Raises:
-        InputError: if there is none.
+        InputError: if there is none, or of several kinds.
     """
-    files = sorted(folder.glob("*.jsonl")) or sorted(folder.glob("*.json"))
-    if not files:
-        raise InputError(
-            f"{folder}: expected a folder with jsonl files, or with json files that hold a list, found none"
-        )
-    return files
+    return sorted(path.glob("*.jsonl")) if path.is_dir() and any(path.glob("*.jsonl")) else data_files(path)
 
 
 def read_samples(
     files: Sequence[Path],
     to_conversation: Callable[[Any], Any] | None = None,
     splits: Sequence[str] | None = None,
+    columns: Mapping[str, str] | None = None,
+    num_frames: int = NUM_FRAMES,
 ) -> Iterator[Sample | Fault]:
     """Each row of the files as a sample, or what is wrong with its fields.
 
     Args:
         files (Sequence[Path]): see `find_files`.
-        to_conversation (Callable, optional): a script's own, for rows of its task; without it rows are native or of a chat
-            format.
+        to_conversation (Callable, optional): a script's own, for rows of its task; without it rows are of a known form.
         splits (Sequence[str], optional): names of the splits to read; by default all.
+        columns (Mapping[str, str], optional): see `OwnRows`.
+        num_frames (int): frames of a clip.
     """
     used: set[str] = set()
     for path in files:
-        in_rows = path.name.startswith("rows")
-        if splits is not None and not in_rows and split_of(path) not in splits:
+        in_rows, split = path.name.startswith("rows"), split_of(path)
+        unnamed = split not in SPLITS and "train" in (splits or ())
+        if splits is not None and not in_rows and not unnamed and split not in splits:
             continue
         line, found = None, "expected at least one row, found none"
         try:
-            for line, row in iterate_rows(path):
+            for line, row in _numbered_rows(path, columns or {}, to_conversation is None, num_frames):
                 try:
                     if isinstance(row, InputError):
                         raise row
-                    row = Row(row, f"{path}:{line}")
-                    if splits is None or not in_rows or row.get("split") in splits:
-                        yield _to_sample(path, line, row, used, to_conversation)
+                    if splits is not None and in_rows and row.get("split") not in splits:
+                        continue
+                    sample = _to_sample(path, line, row, used, to_conversation, num_frames)
+                    if splits is None or sample.split in splits:
+                        yield sample
                 except InputError as error:
                     yield Fault(str(path), line, str(error))
         except InputError as error:
@@ -147,30 +135,53 @@ def read_samples(
             yield Fault(str(path), None, found)
 
 
-def _to_sample(path: Path, line: int, row: Row, used: set[str], to_conversation: Callable[[Any], Any] | None) -> Sample:
-    chat = to_conversation is None and chat_format(row) is not None
-    split = split_of(path)
-    if path.name.startswith("rows"):
-        split = "train" if chat and "split" not in row else _split_name(row)
-    elif chat and split not in SPLITS:
-        split = "train"
-    if to_conversation is None and not chat and "conversations" not in row:
-        raise InputError(
-            f'{sample_name(row)}expected the field "conversations" (native, LLaVA, ShareGPT) or "messages" (OpenAI), found '
-            f"{printable(', '.join(row)) or 'no field'}; --task reads rows of a task's own form"
+def _numbered_rows(
+    path: Path, columns: Mapping[str, str], known: bool, num_frames: int
+) -> Iterator[tuple[int, Row | InputError]]:
+    """Line, or in Parquet number, and row of each row of a file; in place of one that cannot be read its error."""
+    if path.suffix in (".jsonl", ".json"):
+        found = (
+            (line, row if isinstance(row, InputError) else Row(name_columns(row, columns), f"{path}:{line}"))
+            for line, row in iterate_rows(path)
         )
-    if chat:
+        head = list(islice(found, LOOKED_AT))
+        if known:
+            check_columns([row for _, row in head if isinstance(row, Row)], columns)
+        yield from chain(head, found)
+        return
+    rows = open_file(path, columns, num_frames)
+    for index in range(len(rows)):
+        line = rows.number(index)
+        try:
+            yield line, rows.values(index)
+        except InputError as error:
+            place = (f"{printable(str(path))}:{line}: ", f"{printable(str(path))}, row {line}: ")
+            yield line, InputError(str(error).removeprefix(place[0]).removeprefix(place[1]))
+
+
+def _to_sample(
+    path: Path, line: int, row: Row, used: set[str], to_conversation: Callable[[Any], Any] | None, num_frames: int
+) -> Sample:
+    foreign = to_conversation is None and (chat_format(row) is not None or is_question(row))
+    split = split_of(path)
+    if foreign and "split" not in row:
+        split = split if split in SPLITS and not path.name.startswith("rows") else "train"
+    elif foreign or path.name.startswith("rows"):
+        split = _split_name(row)
+    if foreign:
         name = row_id(row) or f"{path.stem}-{line}"
         name = f"{name}-{line}" if name in used else name
         used.add(name)
-        native = to_native({**row, "id": name}, path.parent)
+        native = to_native({**row, "id": name}, path.parent, num_frames)
         return Sample(path, line, split, False, native, parse_row(native, ConvertedRow).to_conversation())
     try:
-        row = Row(resolve_images(row, path.parent), row.where)
+        known = to_conversation is None
+        located = locate_pictures(row, path.parent, num_frames) if known else resolve_images(row, path.parent)
+        row = Row(located, row.where)
     except InputError as error:
         raise InputError(f"{sample_name(row)}{error}") from None
-    if to_conversation is None:
-        return Sample(path, line, split, True, row, parse_row(row, ConvertedRow).to_conversation())
+    if known:
+        return Sample(path, line, split, True, row, known_conversation(row))
     conversation = to_conversation(row)
     # A script's own function may return anything, and the sample goes by its id.
     check_conversation(conversation, ())
@@ -189,98 +200,36 @@ def _split_name(row: Row) -> str:
     return split
 
 
-def to_native(row: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Native row, image paths made whole, of a LLaVA, ShareGPT or OpenAI row with an id.
+def to_native(row: dict[str, Any], folder: Path, num_frames: int = NUM_FRAMES) -> dict[str, Any]:
+    """Native row, image paths made whole, of a row with an id of any of the known forms.
 
     An image's tag `<|image_N|>` stands where its `<image>`, or its part of a message, stood.
 
     Raises:
         InputError: with the row's id and the field, if fields, roles, or images and `<image>` do not fit.
     """
-    where = sample_name(row)
     try:
-        chat = ChatRow.model_validate(row)
-    except ValidationError as error:
-        raise InputError(f"{where}{describe_fault(error, row)}") from None
-    sources: list[str | dict[str, Any]] = []
-    waiting = list(chat.images)
-    system = [chat.system] if chat.system else []
-    turns: list[dict[str, Any]] = []
-
-    def tag(source: str) -> str:
-        sources.append(_locate(source, folder))
-        return f"<|image_{len(sources)}|>"
-
-    def text_of_part(part: ChatPart) -> str:
-        if part.type == "text":
-            return part.text
-        source = part.image if part.type == "image" else part.image_url
-        if source is None and waiting:
-            source = waiting.pop(0)
-        if source is None:
-            raise InputError(f"expected a path, file:// or data: in the part of type {part.type}, found none")
-        # A line break after the tag, as in the processor's chat template.
-        return tag(source) + "\n"
-
-    def text_of(message: ChatMessage) -> str:
-        if isinstance(message.content, str):
-            return re.sub(MARK, lambda mark: tag(waiting.pop(0)) if waiting else mark[0], message.content)
-        return "".join(map(text_of_part, message.content))
-
-    field = "messages" if "messages" in row else "conversations"
-    for index, message in enumerate(chat.messages):
-        place = f"{where}{field}[{index}]"
-        placed = len(sources) if turns else 0
-        role, answered = ROLES[message.role], not turns or "assistant" in turns[-1]
-        try:
-            text = text_of(message)
-        except InputError as error:
-            raise InputError(f"{place}: {error}") from None
-        if role == "system" and not turns:
-            system.append(text)
-        elif role == "user" and answered:
-            turns.append({"images": sources[placed:], "user": "\n\n".join([*system, text])})
-            system = []
-        elif role == "assistant" and not answered:
-            turns[-1]["assistant"] = text
-        else:
-            expected = "user" if answered else "assistant"
-            raise InputError(f"{place}: expected a message of the {expected}, found one of {message.role}")
-    if turns and "assistant" not in turns[-1]:
-        raise InputError(f"{where}{field}: expected an answer to the last message of the user, found none")
-    left = sum(text.count(MARK) for turn in turns for text in (turn["user"], turn["assistant"]))
-    # Images that stand as parts of messages leave `<image>` a text like any other.
-    if waiting or (left and len(sources) == len(chat.images)):
-        count, found = len(chat.images), len(chat.images) - len(waiting) + left
-        raise InputError(f"{where}expected {count} placeholder(s) {MARK} for {count} image(s), found {found}")
-    return {"id": row["id"], "conversations": turns}
+        row = locate_pictures(row, folder, num_frames)
+    except InputError as error:
+        raise InputError(f"{sample_name(row)}{error}") from None
+    turns = known_conversation(row).turns
+    return {
+        "id": row["id"],
+        "conversations": [
+            {
+                "images": turn.images,
+                "user": turn.user,
+                "assistant": turn.answers[0] if len(turn.answers) == 1 else turn.answers,
+            }
+            for turn in turns
+        ],
+    }
 
 
-def _locate(source: str, folder: Path) -> str | dict[str, Any]:
-    """Whole path of an image of a foreign row; of a data URI {"bytes", "path"}, the path made of its SHA-256."""
-    if source.startswith(("http://", "https://")):
-        raise InputError(
-            f"expected a path, file:// or data: as image, found {shown(source)}; download what is on the web"
-        )
-    if source.startswith("data:"):
-        match = re.fullmatch(r"data:image/(\w+);base64,(.+)", source, re.DOTALL)
-        try:
-            content = base64.b64decode(match[2], validate=True) if match else b""
-        except ValueError:
-            content = b""
-        if not match or not content:
-            raise InputError(f"expected data:image/TYPE;base64,..., found {shown(source)}")
-        return {"bytes": content, "path": f"{hashlib.sha256(content).hexdigest()}.{match[1]}"}
-    if source.startswith("file://"):
-        source = unquote(urlparse(source).path)
-    [path] = resolve_images({"images": [source]}, folder)["images"]
-    if not os.path.exists(path) and os.path.exists(folder / "images" / source):
-        [path] = resolve_images({"images": [f"images/{source}"]}, folder)["images"]
-    return path
-
-
-def convert(folder: Path, out: Path) -> None:
+def convert(folder: Path, out: Path, columns: Mapping[str, str] | None = None, num_frames: int = NUM_FRAMES) -> None:
     """Writes the native form of a clean folder, whole or not at all: OUT/converted_SPLIT.jsonl and OUT/images/.
+
+    Of a clip its frames are written.
 
     Raises:
         InputError: if OUT exists or cannot be written.
@@ -291,12 +240,15 @@ def convert(folder: Path, out: Path) -> None:
     try:
         (part / "images").mkdir(parents=True)
         with ExitStack() as stack:
-            for sample in read_samples(find_files(folder)):
+            for sample in read_samples(find_files(folder), columns=columns, num_frames=num_frames):
                 if isinstance(sample, Fault):
                     raise InputError(f"{sample}; the folder has changed since it was checked")
-                for turn in sample.row["conversations"]:
+                for turn, asked in zip(sample.row["conversations"], sample.conversation.turns, strict=True):
+                    for field in VIDEO_FIELDS:
+                        turn.pop(field, None)
                     turn["images"] = [
-                        _place(source, folder, part / "images", names) for source in turn.get("images", [])
+                        _place(source, folder if folder.is_dir() else folder.parent, part / "images", names)
+                        for source in asked.images
                     ]
                 # Paths that no longer hold, and what is now in the file's name.
                 row = {
@@ -314,19 +266,23 @@ def convert(folder: Path, out: Path) -> None:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _place(source: str | dict[str, Any], folder: Path, images: Path, names: dict[str, str]) -> str:
+def _place(source: str | dict[str, Any] | Frame, folder: Path, images: Path, names: dict[str, str]) -> str:
     """Links, copies or writes an image into `images` once, and returns its path there; `names` remembers it."""
     name = image_name(source)
     if name not in names:
         path = Path(name)
-        if isinstance(source, str):
+        if isinstance(source, Frame):
+            path = Path(
+                f"{os.path.relpath(os.path.realpath(source.path), os.path.realpath(folder))}.{source.number}.jpg"
+            )
+        elif isinstance(source, str):
             path = Path(os.path.relpath(os.path.realpath(name), os.path.realpath(folder)))
         path = path.relative_to("images") if path.parts[0] == "images" else path
         if (images / path).exists():  # there is images/a.jpg and a.jpg
             path = path.with_stem(f"{path.stem}-{hashlib.sha256(name.encode()).hexdigest()[:8]}")
         (images / path).parent.mkdir(parents=True, exist_ok=True)
-        if isinstance(source, dict):
-            (images / path).write_bytes(source["bytes"])
+        if isinstance(source, dict | Frame):
+            (images / path).write_bytes(source["bytes"] if isinstance(source, dict) else frame_jpeg(source))
         else:
             try:
                 os.link(os.path.realpath(name), images / path)

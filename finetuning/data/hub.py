@@ -38,14 +38,7 @@ def load_hub(args: "RecipeArguments", name: str, config: str | None = None, spli
 
     if split == "train" and not args.do_train:
         return []
-    what = f"{name} ({config})" if config else name
-    dataset = fetch(
-        what,
-        lambda: _cached_split(name, config, split),
-        lambda progress: _fetch_data_set(name, config, split, progress),
-        "--data_dir takes your own data",
-        args.local_process_index == 0,
-    )
+    dataset = _load(args, name, config, split)
     for column, feature in dataset.features.items():
         if isinstance(feature, Image):
             dataset = dataset.cast_column(column, Image(decode=False))
@@ -57,8 +50,27 @@ def load_hub(args: "RecipeArguments", name: str, config: str | None = None, spli
     return dataset
 
 
-def _cached_split(name: str, config: str | None, split: str) -> "Dataset | None":
-    """The split as the library wrote it when it was loaded before, or from a download of the whole repository."""
+def load_hub_splits(args: "RecipeArguments", name: str, config: str | None = None) -> "dict[str, Dataset]":
+    """All splits of a data set on the hub by name, as its files hold them; what is in the cache is taken as it is.
+
+    Raises:
+        InputError: if it cannot be loaded.
+    """
+    return {str(split): rows for split, rows in _load(args, name, config, None).items()}
+
+
+def _load(args: "RecipeArguments", name: str, config: str | None, split: str | None) -> Any:
+    return fetch(
+        f"{name} ({config})" if config else name,
+        lambda: _cached_split(name, config, split),
+        lambda progress: _fetch_data_set(name, config, split, progress),
+        "--data_dir takes your own data",
+        args.local_process_index == 0,
+    )
+
+
+def _cached_split(name: str, config: str | None, split: str | None) -> Any:
+    """The split, or all of them by name, as the library wrote it when it was loaded before, or from a download of the whole repository."""
     import datasets
     from datasets.packaged_modules.cache.cache import Cache
 
@@ -81,7 +93,7 @@ def _cached_split(name: str, config: str | None, split: str) -> "Dataset | None"
         return None
 
 
-def _fetch_data_set(name: str, config: str | None, split: str, progress: Progress) -> None:
+def _fetch_data_set(name: str, config: str | None, split: str | None, progress: Progress) -> None:
     import datasets
 
     # First, because its errors say whether the repository is gated, private or missing; those of `datasets` do not.

@@ -1,4 +1,4 @@
-"""Images of a conversation: opened, measured by their headers, decoded and turned upright."""
+"""Images of a conversation, frames of clips among them: opened, measured by their headers, decoded and turned upright."""
 
 import errno
 import io
@@ -11,6 +11,7 @@ from PIL import ExifTags, Image, ImageOps
 
 from ..environment import pixel_limit
 from ..errors import InputError
+from .clips import Frame, frame_jpeg, frame_size
 from .conversation import Conversation, check_picture
 from .files import check_regular_file
 from .shown import printable
@@ -30,7 +31,7 @@ def open_image(source: Any) -> Image.Image:
     """Opens an image; its pixels are read later, when they are needed.
 
     Args:
-        source: path, PIL image, or {"bytes", "path"} of a `datasets.Image` column that does not decode.
+        source: path, PIL image, {"bytes", "path"} of a `datasets.Image` column that does not decode, or frame of a clip.
 
     Raises:
         InputError: if it is missing, no regular file, of no format of `FORMATS`, or larger than `pixel_limit`.
@@ -43,7 +44,9 @@ def open_image(source: Any) -> Image.Image:
     if isinstance(source, Image.Image):
         image = source
     else:
-        if isinstance(source, dict):
+        if isinstance(source, Frame):
+            source = io.BytesIO(frame_jpeg(source))
+        elif isinstance(source, dict):
             source = io.BytesIO(source["bytes"]) if source.get("bytes") else source["path"]
         if not isinstance(source, io.BytesIO):
             check_regular_file(source, "an image file")
@@ -51,9 +54,7 @@ def open_image(source: Any) -> Image.Image:
             image = _guarded(lambda: Image.open(source, formats=FORMATS), name)
         except Image.DecompressionBombError as error:  # far above the limit
             raise InputError(f"{name}: expected at most {limit} pixels (--max_image_pixels), found: {error}") from None
-    if image.width * image.height > limit:
-        size = f"{image.width} x {image.height}"
-        raise InputError(f"{name}: expected at most {limit} pixels (--max_image_pixels), found {size}")
+    _check_pixels(image.size, name)
     return image
 
 
@@ -66,6 +67,10 @@ def image_size(source: Any) -> tuple[int, int]:
     Raises:
         InputError: if `open_image` refuses it or its header is damaged.
     """
+    if isinstance(source, Frame):
+        size = frame_size(source)
+        _check_pixels(size, describe_source(source))
+        return size
     image = open_image(source)
     try:
         turned = _guarded(lambda: _orientation(image) >= 5, describe_source(source))
@@ -124,7 +129,13 @@ def describe_source(source: Any) -> str:
         source = source.get("path") or "image bytes"
     if isinstance(source, str | os.PathLike):
         return printable(os.fspath(source))
-    return "image"
+    return printable(str(source)) if isinstance(source, Frame) else "image"
+
+
+def _check_pixels(size: tuple[int, int], name: str) -> None:
+    if size[0] * size[1] > pixel_limit():
+        found = f"{size[0]} x {size[1]}"
+        raise InputError(f"{name}: expected at most {pixel_limit()} pixels (--max_image_pixels), found {found}")
 
 
 def _for_each_image(conversation: Conversation, function: Callable[[Any], Result]) -> list[Result]:

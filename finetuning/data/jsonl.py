@@ -33,7 +33,11 @@ class JsonlFile(Sequence[Row]):
     def __len__(self) -> int:
         return len(self._lines)
 
-    def values(self, index: int) -> Row:
+    def number(self, index: int) -> int:
+        """What a row without an id is called by: its line, from 1."""
+        return self._lines[index][0]
+
+    def values(self, index: int, only: Any = None) -> Row:
         """A row whose pictures' paths are as they stand in the file."""
         return Row(*self._read(index))
 
@@ -46,7 +50,7 @@ class JsonlFile(Sequence[Row]):
 
     def _read(self, index: int) -> tuple[dict[str, Any], str]:
         number, line = self._lines[index]
-        row, place = _parse_line(line), f"{self._name}:{number}"
+        row, place = parse_object(line), f"{self._name}:{number}"
         if isinstance(row, InputError):
             raise InputError(f"{place}: {row}")
         return row, place
@@ -70,7 +74,7 @@ def iterate_rows(path: str | os.PathLike) -> Iterator[tuple[int, dict[str, Any] 
         InputError: with the file, if it cannot be read.
     """
     if Path(path).suffix != ".json":
-        yield from ((number, _parse_line(line)) for number, line in Lines(path))
+        yield from ((number, parse_object(line)) for number, line in Lines(path))
         return
     check_regular_file(path, "a file with rows")
     try:
@@ -79,9 +83,11 @@ def iterate_rows(path: str | os.PathLike) -> Iterator[tuple[int, dict[str, Any] 
         raise InputError(f"{printable(os.fspath(path))}: expected a file with rows, found: {error.strerror}") from None
 
 
-def _parse_line(line: str) -> dict[str, Any] | InputError:
+def parse_object(line: str) -> dict[str, Any] | InputError:
+    """The object that a text holds, or what is wrong with it; bytes that are no UTF-8 stand in it as surrogates."""
     try:
-        line.encode()
+        if not line.isascii():
+            line.encode()
     except UnicodeEncodeError as error:
         return InputError(f"expected UTF-8 text, found the byte {ord(line[error.start]) - 0xDC00:#x}")
     return _parse(line, None)[0]

@@ -15,26 +15,66 @@ BLOCK = 2**22  # bytes read at once while lines are counted
 NEWLINE, RETURN, BRACE = b"\n"[0], b"\r"[0], b"{"[0]
 
 
-class Lines(Sequence[tuple[int, str]]):
-    """(Number from 1, text) of each line of a file that is not blank; bytes that are no UTF-8 become surrogates.
+class SteadyFile:
+    """A file that is read in parts and must stay what it was.
 
-    The file stays open: one that is replaced under its name stays what it was. It is read, not mapped into memory, so that
+    It stays open: one that is replaced under its name stays what it was. It is read, not mapped into memory, so that
     what was read counts as nobody's memory, and a file that is cut short is an error instead of a dead process.
 
     Args:
         path (path): a regular file.
 
     Raises:
-        InputError: if it cannot be opened; when a line is read, if the file has changed since.
+        InputError: if it cannot be opened; when a part is read, if the file has changed since.
     """
 
     def __init__(self, path: str | os.PathLike):
         self.path = os.fspath(path)
         self._file: io.FileIO | None = self._open()
         self._state = _state_of(self._file)
-        starts, first = _find_starts(self._file)
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self._state[0]
+
+    def read(self, start: int, end: int, line: int | None = None) -> bytes:
+        """The bytes from `start` to before `end`; `line`, from 1, is for the message."""
+        if self._file is None:
+            self._file = self._open()
+        if _state_of(self._file) != self._state:
+            place = f":{line}" if line else ""
+            raise InputError(
+                f"{printable(self.path)}{place}: expected the file as it was at the start, found it changed; the same command "
+                "goes on with the file as it was"
+            )
+        return os.pread(self._file.fileno(), end - start, start)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A process that does not share this one's open files opens the file itself.
+        return {**vars(self), "_file": None}
+
+    def _open(self) -> io.FileIO:
+        check_regular_file(self.path, "a file with rows")
+        try:
+            return open(self.path, "rb", buffering=0)
+        except OSError as error:
+            found = f"expected a file with rows, found: {error.strerror}"
+            raise InputError(f"{printable(self.path)}: {found}") from None
+
+
+class Lines(Sequence[tuple[int, str]]):
+    """(Number from 1, text) of each line of a file that is not blank; bytes that are no UTF-8 become surrogates.
+
+    Args:
+        path (path): see `SteadyFile`.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self._file = SteadyFile(path)
+        starts, first = find_starts(self._file)
         # Where each line begins, and the end of the file.
-        self._bounds = np.append(starts, self._state[0])
+        self._bounds = np.append(starts, self._file.size)
         # Few lines begin with anything but a brace; each of those is looked at.
         blank = [line for line in np.flatnonzero(first != BRACE).tolist() if not self._text(line).strip()]
         self._kept = np.delete(np.arange(len(starts)), blank) if blank else None
@@ -51,28 +91,9 @@ class Lines(Sequence[tuple[int, str]]):
     def __iter__(self) -> Iterator[tuple[int, str]]:
         return (self[index] for index in range(len(self)))
 
-    def __getstate__(self) -> dict[str, Any]:
-        # A process that does not share this one's open files opens the file itself.
-        return {**vars(self), "_file": None}
-
     def _text(self, line: int) -> str:
-        if self._file is None:
-            self._file = self._open()
-        if _state_of(self._file) != self._state:
-            raise InputError(
-                f"{printable(self.path)}:{line + 1}: expected the file as it was at the start, found it changed; the same command "
-                "goes on with the file as it was"
-            )
         start, end = int(self._bounds[line]), int(self._bounds[line + 1])
-        return os.pread(self._file.fileno(), end - start, start).decode("utf-8", "surrogateescape")
-
-    def _open(self) -> io.FileIO:
-        check_regular_file(self.path, "a file with rows")
-        try:
-            return open(self.path, "rb", buffering=0)
-        except OSError as error:
-            found = f"expected a file with rows, found: {error.strerror}"
-            raise InputError(f"{printable(self.path)}: {found}") from None
+        return self._file.read(start, end, line + 1).decode("utf-8", "surrogateescape")
 
 
 def _state_of(file: io.FileIO) -> tuple[int, int]:
@@ -80,12 +101,12 @@ def _state_of(file: io.FileIO) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def _find_starts(file: io.FileIO) -> tuple[np.ndarray, np.ndarray]:
+def find_starts(file: SteadyFile) -> tuple[np.ndarray, np.ndarray]:
     """Where each line begins and its first byte; lines end as in Python's text files, with "\\n", "\\r\\n" or "\\r"."""
     starts, first = [np.zeros(0, np.int64)], [np.zeros(0, np.uint8)]
     position, ended = 0, True
-    while block := os.pread(file.fileno(), BLOCK, position):
-        while block.endswith(b"\r") and (more := os.pread(file.fileno(), 1, position + len(block))):
+    while block := file.read(position, position + BLOCK):
+        while block.endswith(b"\r") and (more := file.read(position + len(block), position + len(block) + 1)):
             block += more
         codes = np.frombuffer(block, np.uint8)
         ends = codes == NEWLINE

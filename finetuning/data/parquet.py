@@ -18,7 +18,44 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-class ParquetFile(Sequence[Row]):
+class ArrowRows(Sequence[Row]):
+    """Rows of a `datasets.Dataset` as plain values, whatever features it declares: an image is not decoded here.
+
+    Args:
+        dataset (Dataset): the rows.
+        name (str): what messages call it, before ", row 17".
+    """
+
+    def __init__(self, dataset: "Dataset", name: str):
+        self._name, self._table = name, dataset.with_format("arrow")
+        self._narrow: dict[tuple[str, ...], Dataset] = {}
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def number(self, index: int) -> int:
+        """What a row without an id is called by: its number, from 1."""
+        return index + 1
+
+    def values(self, index: int, only: Sequence[str] | None = None) -> Row:
+        """A row whose pictures' paths are as they stand in the file.
+
+        Args:
+            index (int): its number, from 0.
+            only (Sequence[str], optional): columns that are enough; the bytes of pictures need not be read then.
+        """
+        table = self._table
+        if only is not None:
+            kept = tuple(name for name in table.column_names if name in only)
+            table = self._narrow.get(kept) or self._narrow.setdefault(kept, table.select_columns(list(kept)))
+        [row] = table[index : index + 1].to_pylist() or [{}]
+        return Row(_plain(row), f"{self._name}, row {index + 1}")
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.values(index)
+
+
+class ParquetFile(ArrowRows):
     """Rows of a Parquet file; pictures are paths relative to its folder, or {"bytes", "path"} as the hub stores them.
 
     The copy lies in the library's cache ($HF_DATASETS_CACHE), made once for a file of this name, size and time, by one process
@@ -33,19 +70,10 @@ class ParquetFile(Sequence[Row]):
 
     def __init__(self, path: Path):
         check_regular_file(path, "a Parquet file")
-        self._name, self._folder = printable(os.fspath(path)), path.parent
-        # Plain values, whatever features the file declares: an image is not decoded here.
-        self._table = _load(path).with_format("arrow")
+        super().__init__(_load(path), printable(os.fspath(path)))
+        self._folder = path.parent
         if not len(self._table):
             raise InputError(f"{self._name}: expected at least one row, found none")
-
-    def __len__(self) -> int:
-        return len(self._table)
-
-    def values(self, index: int) -> Row:
-        """A row whose pictures' paths are as they stand in the file."""
-        [row] = self._table[index : index + 1].to_pylist()
-        return Row(_plain(row), f"{self._name}, row {index + 1}")
 
     def __getitem__(self, index: Any) -> Any:
         row = self.values(index)

@@ -129,7 +129,11 @@ def check_split(row: Row) -> str:
 
 
 def _advice(folder: Path) -> str:
-    """What a folder holds instead of splits, if its first row is of a known chat format."""
+    """What a folder holds instead of splits, if its first row is of a known chat format or its files are tables."""
+    if tables := sorted([*folder.glob("*.csv"), *folder.glob("*.tsv")]):
+        return (
+            f"; {printable(tables[0].name)} is for finetune_hf_trainer_own_data.py --data_dir {printable(str(folder))}"
+        )
     for path in sorted(folder.glob("*.jsonl")) or sorted(folder.glob("*.json")):
         try:
             _, row = next(iterate_rows(path), (0, None))

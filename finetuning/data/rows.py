@@ -20,16 +20,17 @@ class Row(dict):
     Args:
         values (Mapping): its fields.
         where (str): file and line, from 1, such as "data/train.jsonl:17".
+        source (str): name of the place that it comes from, where there are several, see `Conversation.source`.
     """
 
-    __slots__ = ("where",)
+    __slots__ = ("source", "where")
 
-    def __init__(self, values: Mapping[str, Any], where: str):
+    def __init__(self, values: Mapping[str, Any], where: str, source: str = ""):
         super().__init__(values)
-        self.where = where
+        self.where, self.source = where, source
 
     def __reduce__(self):
-        return Row, (dict(self), self.where)
+        return Row, (dict(self), self.where, self.source)
 
 
 def where(row: Any, index: int) -> str:
@@ -65,10 +66,10 @@ class Rows(Sequence):
         source, number = self._place(index)
         return source[number]
 
-    def values(self, index: int) -> Row:
-        """A row whose pictures' paths are as they stand in its file."""
+    def values(self, index: int, only: Sequence[str] | None = None) -> Row:
+        """A row whose pictures' paths are as they stand in its file; of some files `only` these columns are read."""
         source, number = self._place(index)
-        return source.values(number)
+        return source.values(number, only)
 
     def _place(self, index: int) -> tuple[Any, int]:
         number = int(self._numbers[index])
@@ -129,21 +130,16 @@ def _inside(folder: str, path: Any, field: str) -> Any:
 
 def _real_file(path: str) -> str:
     """`os.path.realpath`, for many files of a few folders."""
-    folder, name = os.path.split(path)
     try:
         if stat.S_ISLNK(os.lstat(path).st_mode):
             return os.path.realpath(path)
     except OSError:  # not there: another check says so
         pass
-    return os.path.join(_real_folder(folder), name)
-
-
-@lru_cache
-def _real_beginning(folder: str) -> str:
-    """How the real paths of the files in a folder begin."""
-    return os.path.join(os.path.realpath(folder), "")
+    folder, slash, name = path.rpartition("/")
+    return _real_beginning(folder + slash) + name
 
 
 @lru_cache(maxsize=10_000)
-def _real_folder(folder: str) -> str:
-    return os.path.realpath(folder)
+def _real_beginning(folder: str) -> str:
+    """How the real paths of the files in a folder begin."""
+    return os.path.join(os.path.realpath(folder), "")

@@ -12,13 +12,14 @@ A script declares its rows above `to_conversation` and parses them there:
         row = parse_row(row, Question, ConvertedRow)
 """
 
-from collections.abc import Mapping
+from collections.abc import KeysView, Mapping
 from functools import cache
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from ..errors import InputError
+from .clips import Clip, Frame, check_clip
 from .conversation import Conversation, Turn, check_picture, check_text
 from .shown import printable, shown
 
@@ -45,8 +46,24 @@ Text = Annotated[str, BeforeValidator(check_text)]
 RowId = Annotated[str, BeforeValidator(_check_id)]
 # What `images.open_image` takes: a path, a PIL image, or the {"bytes", "path"} of a `datasets.Image` column. Never null.
 Picture = Annotated[Any, BeforeValidator(check_picture)]
+# What `clips.Clip` is; readers that take clips make it of a path.
+Video = Annotated[Clip, BeforeValidator(check_clip)]
 # One acceptable answer or a list of them.
 Answers = Annotated[list[Text], BeforeValidator(_check_answers)]
+
+
+def _listed(value: Any) -> Any:
+    return [] if value in (None, "") else value if isinstance(value, list) else [value]
+
+
+# Pictures or clips of a row: none, one, or a list.
+Pictures = Annotated[list[Picture], BeforeValidator(_listed)]
+Videos = Annotated[list[Video], BeforeValidator(_listed)]
+
+
+def frames_of(clips: list[Clip]) -> list[Frame]:
+    """The frames of some clips, one after another."""
+    return [frame for clip in clips for frame in clip.frames]
 
 
 class RowModel(BaseModel):
@@ -59,9 +76,10 @@ Model = TypeVar("Model", bound=RowModel)
 
 
 class ConvertedTurn(RowModel):
-    """A turn of a converted row; `images` are paths relative to the folder images/ beside the jsonl file."""
+    """A turn of a converted row; `images` are paths relative to the folder images/ beside the jsonl file; clips come after them."""
 
     images: list[Picture] = []
+    videos: Videos = Field(default=[], validation_alias=AliasChoices("videos", "video"))
     user: Text
     assistant: Answers
 
@@ -74,7 +92,10 @@ class ConvertedRow(RowModel):
 
     def to_conversation(self) -> Conversation:
         """The same as a Conversation."""
-        return Conversation(self.id, [Turn(turn.user, turn.assistant, turn.images) for turn in self.conversations])
+        return Conversation(
+            self.id,
+            [Turn(turn.user, turn.assistant, turn.images + frames_of(turn.videos)) for turn in self.conversations],
+        )
 
 
 # The last line of a question of the_cauldron that asks for a short answer. Source: QUESTION_BRIEVETY_HINT and
@@ -109,24 +130,17 @@ class CauldronRow(RowModel):
     texts: list[CauldronText] = Field(min_length=1)
 
 
-def _list_of_images(value: Any) -> Any:
-    return [] if value in (None, "") else value if isinstance(value, list) else [value]
-
-
-def _url_of_image(value: Any) -> Any:
-    return value["url"] if isinstance(value, dict) and "url" in value else value
-
-
-ImageSource = Annotated[str, BeforeValidator(_url_of_image)]
-
-
 class ChatPart(RowModel):
-    """A part of a message: {"type": "text", "text"}, {"type": "image_url", "image_url": {"url"}}, {"type": "image", "image"}."""
+    """A part of a message: {"type": "text", "text"}, {"type": "image_url", "image_url": {"url"}}, {"type": "image", "image"},
+    {"type": "video", "video"}.
+    """
 
-    type: Literal["text", "image_url", "image"]
-    text: str = ""
-    image_url: ImageSource | None = None
-    image: ImageSource | None = None
+    type: Literal["text", "image_url", "image", "video"]
+    # Null where a file of columns holds parts of several types.
+    text: str | None = None
+    image_url: Picture | None = None
+    image: Picture | None = None
+    video: Video | None = None
 
 
 class ChatMessage(RowModel):
@@ -137,13 +151,23 @@ class ChatMessage(RowModel):
 
 
 class ChatRow(RowModel):
-    """A row of LLaVA or ShareGPT (`conversations`) or of OpenAI's form (`messages`); `<image>` stands for the next image."""
+    """A row of LLaVA or ShareGPT (`conversations`) or of OpenAI's form (`messages`); `<image>` stands for the next image, `<video>` for the next clip."""
 
+    id: RowId
     system: str | None = None
-    images: Annotated[list[str], BeforeValidator(_list_of_images)] = Field(
-        default=[], validation_alias=AliasChoices("images", "image")
-    )
+    images: Pictures = Field(default=[], validation_alias=AliasChoices("images", "image"))
+    videos: Videos = Field(default=[], validation_alias=AliasChoices("videos", "video"))
     messages: list[ChatMessage] = Field(min_length=1, validation_alias=AliasChoices("messages", "conversations"))
+
+
+class QuestionRow(RowModel):
+    """A question and its answer, or acceptable answers, in columns; without a picture or clip, with one or with several."""
+
+    id: RowId
+    images: Pictures = Field(default=[], validation_alias=AliasChoices("images", "image"))
+    videos: Videos = Field(default=[], validation_alias=AliasChoices("videos", "video"))
+    question: Text
+    answers: Answers = Field(validation_alias=AliasChoices("answer", "answers"))
 
 
 def chat_format(row: Any) -> str | None:
@@ -160,8 +184,11 @@ def chat_format(row: Any) -> str | None:
 
 
 def conversion_advice(name: str) -> str:
-    """What to do with data of a chat format, as the end of a message."""
-    return f"found {name}, which this command converts: python -m finetuning.validate DIR --convert OUT"
+    """What to do with data of a form that a task's own script does not read, as the end of a message."""
+    return (
+        f"found {name}, which finetune_hf_trainer_own_data.py reads as it is, and this command converts: "
+        "python -m finetuning.validate DIR --convert OUT"
+    )
 
 
 def parse_row(row: Mapping[str, Any], *models: type[Model]) -> Model:
@@ -257,14 +284,15 @@ def _field_path(location: tuple[str | int, ...], row: Any) -> list[str | int]:
 
 
 @cache
-def _required_fields(model: type[RowModel]) -> tuple[str, ...]:
-    return tuple(name for name, field in model.model_fields.items() if field.is_required() and name != "id")
+def _required_fields(model: type[RowModel]) -> KeysView[str]:
+    """Names of the fields that a row needs, in the model's order; rows without an id are told apart by the others."""
+    return {name: None for name, field in model.model_fields.items() if field.is_required() and name != "id"}.keys()
 
 
 def _closest_model(row: Mapping[str, Any], models: tuple[type[Model], ...]) -> type[Model] | None:
     """The first model whose required fields are all there, or else the one of which most are; None without any."""
     for model in models:
-        if all(name in row for name in _required_fields(model)):
+        if row.keys() >= _required_fields(model):
             return model
     present = [sum(name in row for name in _required_fields(model)) for model in models]
     return models[present.index(max(present))] if any(present) else None

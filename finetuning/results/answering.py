@@ -15,6 +15,7 @@ from phi3v import Phi3VProcessor
 from phi3v.processing_phi3_v import IMAGE_TAG
 
 from ..arguments import RecipeArguments
+from ..data.clips import most_crops
 from ..data.conversation import Conversation, Turn, to_messages
 from ..data.dataset import ConversationDataset
 from ..data.fingerprint import digest, identify_picture
@@ -27,7 +28,7 @@ from .rounds import answer_in_rounds
 
 
 class Prompts(Dataset):
-    """(prompt, images) of each question; earlier turns of its conversation are given with their first answers.
+    """(prompt, images, most crops of each) of each question; earlier turns of its conversation are given with their first answers.
 
     Holds no image: rows are read again when their turn comes.
     """
@@ -43,7 +44,15 @@ class Prompts(Dataset):
                 shown.append((turn.user, list(turn.choices)))
                 asked, choices = digest(shown).hex(), dict.fromkeys(turn.choices, 0.0)
                 self.questions.append(
-                    Prediction(conversation.id, number, turn.user, list(turn.answers), "", choices, asked)
+                    Prediction(
+                        conversation.id,
+                        number,
+                        turn.user,
+                        list(turn.answers),
+                        choices=choices,
+                        asked=asked,
+                        source=conversation.source,
+                    )
                 )
                 self.places.append((index, number))
                 shown.append(turn.answers[0])
@@ -61,11 +70,13 @@ class Prompts(Dataset):
         numbers = sorted({int(number) for number in IMAGE_TAG.findall(prompt)})
         prompt = IMAGE_TAG.sub(lambda tag: f"<|image_{numbers.index(int(tag[1])) + 1}|>", prompt)
         shown = Turn("", [], [conversation.images[number - 1] for number in numbers])
-        return prompt, load_images(Conversation(conversation.id, [shown]))
+        crops = most_crops(shown.images, self.dataset.processor.image_processor.num_crops)
+        return prompt, load_images(Conversation(conversation.id, [shown])), crops
 
     def collate(self, prompts):
-        texts, images = zip(*prompts, strict=True)
-        return self.dataset.processor(list(texts), list(images), padding=True, padding_side="left")
+        texts, images, crops = zip(*prompts, strict=True)
+        of_each = [most for of_row in crops for most in of_row]
+        return self.dataset.processor(list(texts), list(images), padding=True, padding_side="left", num_crops=of_each)
 
 
 # Compiled layers answer as they are: each length of a cache would be another graph, and training would find their number used up.

@@ -108,7 +108,7 @@ def write_card(args: RecipeArguments, title: str, logs: list[dict[str, Any]], sc
         "adapter": args.use_lora,
         "strategy": args.strategy,
         "in_4_bits": args.use_qlora,
-        "data": args.hub_data or [{"name": _last(args.data_dir or "")}],
+        "data": args.hub_data or [{"name": _last(path)} for path in args.data_paths],
         "train_rows": last.get("train_rows", 0),
         "scores": {stage: scores[stage] for stage in ("before", "after") if stage in scores},
         "changed": {

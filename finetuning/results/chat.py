@@ -11,6 +11,7 @@ from transformers import TextStreamer
 from phi3v import Phi3VProcessor
 from phi3v.processing_phi3_v import IMAGE_TAG
 
+from ..data.clips import most_crops
 from ..data.conversation import Conversation, Turn, check_conversation, control_tokens, to_messages
 from ..data.encoding import check_length
 from ..data.images import load_images
@@ -78,7 +79,8 @@ class Chat:
         check_conversation(conversation, control)
         messages = to_messages(conversation, [turn.answers[0] for turn in self.turns])
         prompt = self.processor.apply_chat_template(messages, add_generation_prompt=True)
-        inputs = self.processor(prompt, load_images(conversation) or None).to(self.model.device)
+        crops = most_crops(conversation.images, self.processor.image_processor.num_crops)
+        inputs = self.processor(prompt, load_images(conversation) or None, num_crops=crops).to(self.model.device)
         length = inputs["input_ids"].shape[1]
         limit = self.model.config.max_position_embeddings - self.max_new_tokens
         check_length(length, limit, "the conversation")

@@ -5,7 +5,7 @@ from typing import Any
 
 from sklearn.metrics import roc_curve
 
-from .charts import Chart, Line, line_chart, roc_chart, smooth
+from .charts import COLOURS, Chart, Line, line_chart, roc_chart, smooth
 from .metrics import exact_match
 from .overview import show_name
 from .predictions import Prediction
@@ -40,6 +40,8 @@ def run_charts(
     lines = loss_lines(logs)
     if lines:
         charts.append(("Loss", line_chart("loss by optimizer step", lines), ""))
+    if lines := source_lines(logs):
+        charts.append(("Loss by source", line_chart("loss of each source by optimizer step", lines), "smoothed"))
     if chart := _score_chart(logs, stages, found):
         charts.append(chart)
     curves = {stage: curve for stage in stages if (curve := roc_of(answered[stage]))}
@@ -70,6 +72,13 @@ def loss_lines(logs: list[dict[str, float]]) -> list[Line]:
     lines = [Line("training, each log" if smoothed else "training", raw, 0, "faint" if smoothed else "")]
     lines += [Line("training, smoothed", smoothed, 0), Line("evaluation", evaluated, 1, "dots")]
     return [line for line in lines if line.points]
+
+
+def source_lines(logs: list[dict[str, float]]) -> list[Line]:
+    """A line for the loss of each of the first sources of rows, as many as there are colours; none where there are not several."""
+    keys = dict.fromkeys(key for entry in logs for key in entry if key.startswith("loss/"))
+    found = {key.removeprefix("loss/"): points_of(logs, key) for key in list(keys)[:COLOURS]}
+    return [Line(name, smooth(points) or points, number) for number, (name, points) in enumerate(found.items())]
 
 
 def score_points(logs: list[dict[str, float]], stages: list[str], found: dict[str, Any]) -> tuple[str, Points, Points]:

@@ -11,9 +11,15 @@ from transformers.trainer_utils import IntervalStrategy
 
 from ..arguments import RecipeArguments
 from ..data.dataset import ConversationDataset
+from ..data.fingerprint import digest
 from ..errors import InputError, ScriptError, describe_script_error
 from .answering import Prompts, from_first_rank, generate_answers, moment
+from .by_source import score_sources
+from .likelihood import measure_loss
 from .predictions import STEP, Prediction, answering_model, kept_answers, with_answer
+
+# Beside the scores, where --metric is a flag of the script.
+MEASURED = ("loss", "token_accuracy")
 
 
 def evaluate(
@@ -45,11 +51,21 @@ def evaluate(
     start = time.monotonic()
     predictions = generate_answers(model, dataset, args, stage)
     figures = _score(score, predictions)
-    if _is_of(earlier, figures, predictions):
+    measured: dict[str, Any] | None = {}
+    if args.measures_loss:
+        asked = [(prediction.asked, prediction.references) for prediction in predictions]
+        own = digest([answering_model(args, stage), asked]).hex() if args.process_index == 0 else ""
+        by = from_first_rank(own, args)
+        measured = _measured(earlier, by)
+    if _is_of(earlier, figures, predictions) and measured is not None:
         return earlier
+    if measured is None:
+        # A finished run is scored again without its model.
+        measured = {**measure_loss(model, dataset, args), "measured_by": by} if model is not None else {}
     seconds = round(time.monotonic() - start, 2)
     result = {
         **figures,
+        **measured,
         "num_answers": len(predictions),
         # A run that is started again keeps its answers, and the time that they took.
         "seconds": max(seconds, earlier.get("seconds", 0)) if earlier else seconds,
@@ -61,14 +77,23 @@ def evaluate(
         aside = path.with_suffix(".part")
         aside.write_text(json.dumps(result, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
         aside.replace(path)
-        shown = ", ".join(f"{name} {value:.4f}" for name, value in figures.items() if "/" not in name)
+        said = {**figures, **{name: value for name, value in measured.items() if name in MEASURED}}
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in said.items() if "/" not in name)
         print(f"{moment(args, stage)}: {shown} ({len(predictions)} answers, {seconds:.0f} s) -> {path}", flush=True)
     return result
 
 
+def _measured(evaluation: dict[str, Any], by: str) -> dict[str, Any] | None:
+    """What a file `eval_<stage>.json` says of the loss, None if it says nothing, or of another model or other rows."""
+    if evaluation.get("measured_by") != by or not evaluation.keys() >= set(MEASURED):
+        return None
+    return {name: evaluation[name] for name in (*MEASURED, "measured_by")}
+
+
 def _is_of(evaluation: dict[str, Any], figures: dict[str, float], predictions: list[Prediction]) -> bool:
     """Whether a file `eval_<stage>.json` says just these figures and answers."""
-    lists = {"ids", "answers_unique", "generated_texts_unique", "num_answers", "seconds"}
+    lists = {"ids", "answers_unique", "generated_texts_unique", "num_answers", "seconds", "measured_by"}
+    lists |= set(MEASURED) - figures.keys()
     return (
         {name: value for name, value in evaluation.items() if name not in lists} == figures
         and evaluation.get("ids") == [prediction.id for prediction in predictions]
@@ -111,6 +136,7 @@ def check_score(
         for number, question in enumerate(questions)
     ]
     figures = ["loss", *(name for name in _score(score, made_up, "") if "/" not in name)]
+    figures += ["token_accuracy"] * args.measures_loss
     metric = (args.metric_for_best_model or "loss").removeprefix("eval_")
     if metric not in figures:
         raise InputError(
@@ -125,7 +151,11 @@ def score_while_training(
 
     def answer_and_score(model, dataset: ConversationDataset, step: int):
         predictions = generate_answers(model, dataset, args, f"{STEP}{step}")
-        return _score(score, predictions), predictions
+        figures = _score(score, predictions)
+        if args.measures_loss:
+            # The Trainer has measured the loss.
+            figures["token_accuracy"] = measure_loss(model, dataset, args)["token_accuracy"]
+        return figures, predictions
 
     return answer_and_score
 
@@ -155,7 +185,7 @@ def _score(
             finite = False
         if not finite:
             raise InputError(f"score: {expected}, finite numbers, found {name!r:.50}: {value!r:.50}")
-    return {name: float(value) for name, value in figures.items()}
+    return {name: float(value) for name, value in figures.items()} | score_sources(score, predictions)
 
 
 def score_again(

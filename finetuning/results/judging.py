@@ -20,9 +20,9 @@ from ..data.reading import where
 from ..errors import InputError, Stopped
 from ..training.progress import answers_bar
 from ..training.signals import stop_signals
+from .answer_likelihood import answer_and_judge
 from .answering import Prompts, precision
 from .kept_file import open_to_append
-from .likelihood import answer_and_judge
 from .rounds import answer_in_rounds
 
 DOUBTS = "doubts.jsonl"
@@ -83,11 +83,12 @@ class JudgedPrompts(Prompts):
             question.asked = digest([question.asked, question.references]).hex()
 
     def __getitem__(self, index):
-        prompt, images = super().__getitem__(index)
-        return prompt, images, [list(identify_look(image)) for image in images]
+        prompt, images, crops = super().__getitem__(index)
+        return (prompt, images, crops), [list(identify_look(image)) for image in images]
 
     def collate(self, prompts):
-        return super().collate([(prompt, images) for prompt, images, _ in prompts]), [looks for *_, looks in prompts]
+        plain, looks = zip(*prompts, strict=True)
+        return super().collate(plain), looks
 
 
 @dataclass

@@ -92,8 +92,13 @@ def summarise(attempts: list[dict[str, Any]], logs: list[dict[str, Any]]) -> dic
         "model": attempt.get("model", ""),
         "data": attempt.get("data") or ("the Hugging Face hub" if attempt else ""),
         "device": f"{attempt['processes']} × {attempt['device']}" if attempt else "",
-        "train_rows": f"{attempt['train_rows']:,} rows" if attempt else "",
+        "train_rows": _describe_rows(attempt) if attempt else "",
     }
+
+
+def _describe_rows(attempt: dict[str, Any]) -> str:
+    rows, samples = attempt["train_rows"], attempt.get("epoch_size", attempt["train_rows"])
+    return f"{rows:,} rows" + (f", {samples:,} samples an epoch" if samples != rows else "")
 
 
 def list_facts(

@@ -29,6 +29,7 @@ class Prediction:
         choices (dict[str, float]): log-probability that the model gives to each choice of a closed question as its whole
             answer, in nats; empty for an open question.
         asked (str): digest of all that the model was shown: texts, earlier answers, pictures, choices.
+        source (str): that of the conversation.
     """
 
     id: str
@@ -38,6 +39,7 @@ class Prediction:
     answer: str = ""
     choices: dict[str, float] = field(default_factory=dict)
     asked: str = ""
+    source: str = ""
 
 
 def answering_model(args: RecipeArguments, stage: str) -> str:

@@ -20,10 +20,12 @@ from ..errors import Stopped
 from ..training.checkpoint import find_checkpoints
 from ..training.identity import read_run, write_run
 from ..training.upload import upload_run
+from .by_source import by_source
 from .card import write_card
 from .charts import smooth, thin
 from .classes import class_tables, closed_classes, count_answers
 from .curves import finite_logs, more_charts, points_of, run_charts, score_points
+from .evaluation import MEASURED
 from .overview import describe_run, describe_score, list_facts, show, show_interval, summarise
 from .page import write_page
 from .plots import plot_confusion, plot_curves
@@ -77,7 +79,7 @@ class report_at_end:
 
     def __enter__(self):
         if self.args.process_index == 0:
-            self._write_attempt(_describe_attempt(self.args, len(self.trainer.train_dataset)), new=True)
+            self._write_attempt(_describe_attempt(self.args, self.trainer.train_dataset), new=True)
         return self
 
     def __exit__(self, kind, error, traceback):
@@ -121,7 +123,7 @@ class report_at_end:
             write_run(output, {**record, "attempts": attempts})
 
 
-def _describe_attempt(args: RecipeArguments, train_rows: int) -> dict[str, Any]:
+def _describe_attempt(args: RecipeArguments, train: ConversationDataset) -> dict[str, Any]:
     on_gpu = args.device.type == "cuda"
     return {
         "started": datetime.now().isoformat(timespec="minutes"),
@@ -132,8 +134,9 @@ def _describe_attempt(args: RecipeArguments, train_rows: int) -> dict[str, Any]:
         "processes": args.world_size,
         "strategy": args.strategy,
         "model": args.model_name_or_path,
-        "data": args.data_dir or "",
-        "train_rows": train_rows,
+        "data": " ".join(args.data_paths),
+        "train_rows": len(train),
+        "epoch_size": train.epoch_size,
         "changed": {name: str(value) for name, value in args.changed.items()},
     }
 
@@ -212,6 +215,7 @@ def write_report(
             "scored_by": scored_by,
             "stages": stats,
             "sums": sums_of(rows, last),
+            "sources": by_source({last: answered[last]} if stages else {}, score),
             "losses": [thin(loss), thin(smooth(loss))],
             "score_by_step": sorted(during + ends),
             "attempt": attempts[-1] if attempts else {},
@@ -238,6 +242,9 @@ def write_report(
             }
             for stage in stages
         ],
+        sources=[
+            {**source, "values": [show(value) for value in source["values"]]} for source in by_source(answered, score)
+        ],
         classes=class_tables(classes, counts, answered, stages) if classes else None,
         data=data,
     )
@@ -262,6 +269,8 @@ def _score_stage(folder: Path, stage: str, predictions: list[Prediction], score:
     with suppress(OSError, ValueError):
         result = json.loads((folder / f"eval_{stage.replace(' ', '_')}.json").read_text(encoding="utf-8"))
         found["seconds"] = result.get("seconds")
+        if found["figures"] and "measured_by" in result:
+            found["figures"] |= {name: result[name] for name in MEASURED}
     found["count"] = len(predictions)
     return found
 

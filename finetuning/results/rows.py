@@ -62,7 +62,7 @@ def join_rows(dataset: ConversationDataset, items: list[dict[str, Any]]) -> tupl
         conversation: Conversation = dataset.to_conversation(row)
         turns = []
         for number, turn in enumerate(conversation.turns):
-            question = Prediction(conversation.id, number, turn.user, list(turn.answers))
+            question = Prediction(conversation.id, number, turn.user, list(turn.answers), source=conversation.source)
             question.choices = dict.fromkeys(turn.choices, 0.0)
             turns.append(Answered(question))
             for stage in stages:

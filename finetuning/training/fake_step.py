@@ -7,11 +7,12 @@ the first and the last. Gradients of weights count until they are finished: wher
 """
 
 import copy
+import re
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -19,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -29,7 +31,7 @@ from phi3v.modeling_phi3_v import SDPA_PACKED
 from ..arguments import RecipeArguments
 from .loading import set_trainable
 from .lora import nf4
-from .parts import keep_text_activations, model_part
+from .parts import keep_text_activations, model_part, part_below
 
 # Of each kind, in a fake step; the last one of CLIP is never run.
 TEXT_LAYERS, VISION_LAYERS = 4, 5
@@ -37,6 +39,8 @@ TEXT_LAYERS, VISION_LAYERS = 4, 5
 WITHOUT_MASK = "sdpa_without_mask"
 AttentionInterface.register(WITHOUT_MASK, sdpa_attention_forward)
 AttentionMaskInterface.register(WITHOUT_MASK, lambda *_, **__: None)
+# Weights that QLoRA quantises, by their names under adapters.
+IN_4_BITS = re.compile(r"model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj\.(base_layer\.)?weight$")
 # Kernels whose time goes by their FLOPs, not by the bytes that they read and write; and a view that is not called one.
 FREE = ("::mm", "::addmm", "::bmm", "::baddbmm", "::convolution", "::_scaled_dot_product", "::_unsafe_view")
 
@@ -59,20 +63,22 @@ class Batch:
 @dataclass
 class StepBytes:
     """Bytes of a micro-batch: the most at once beside weights and finished gradients (`peak`), and those that its kernels read
-    and write, products of matrices and attention left out (`traffic`)."""
+    and write, products of matrices and attention left out (`traffic`); where a step was taken, the FLOPs of these."""
 
     peak: float
     traffic: float
+    flops: float = 0.0
 
 
 @dataclass
 class Segment:
-    """What happens up to a mark: bytes more at its end than at its start, the most above its start, bytes read and written."""
+    """What happens up to a mark: bytes more at its end than at its start, the most above its start, bytes read and written, FLOPs."""
 
     mark: tuple[str, str]
     change: float
     peak: float
     traffic: float
+    flops: float
 
 
 class Live(TorchDispatchMode):
@@ -82,7 +88,7 @@ class Live(TorchDispatchMode):
         """Begins anew; what is a weight of `model` does not count."""
         self.segments: list[Segment] = []
         self.backward = False
-        self.live = self.peak = self._start = self._traffic = 0
+        self.live = self.peak = self._start = self._traffic = self._flops = 0
         weights = (*model.parameters(), *model.buffers())
         self._seen = {tensor.untyped_storage()._cdata for tensor in weights}
 
@@ -94,6 +100,7 @@ class Live(TorchDispatchMode):
         if made and not func.is_view and not any(name in func.name() for name in FREE):
             read = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
             self._traffic += sum(tensor.nbytes for tensor in (*made, *read))
+        self._flops += _flops(func, args, kwargs or {}, found)
         return found
 
     def _note(self, storage) -> None:
@@ -111,9 +118,22 @@ class Live(TorchDispatchMode):
     def mark(self, *name: str) -> None:
         """Ends a segment: a pass and the kind of layer, or others."""
         change, peak = self.live - self._start, self.peak - self._start
-        self.segments.append(Segment((name[0], name[-1]), change, peak, self._traffic))
+        self.segments.append(Segment((name[0], name[-1]), change, peak, self._traffic, self._flops))
         self._start = self.peak = self.live
-        self._traffic = 0
+        self._traffic = self._flops = 0
+
+
+def _flops(func, args, kwargs, found) -> float:
+    """FLOPs of a product of matrices, a convolution or an attention; of a causal one half, since its kernels skip the other."""
+    if "_scaled_dot_product" not in func.name():
+        count = flop_registry.get(func.overloadpacket)
+        return count(*args, **kwargs, out_val=found) if count else 0
+    backward = "backward" in func.name()
+    queries, keys = args[1:3] if backward else args[:2]
+    causal = kwargs.get("is_causal", args[7] if backward else args[4] if len(args) > 4 else False)
+    # Two products; five in the backward pass, which computes the weights of the values again.
+    products = 5 if backward else 2
+    return products * 2 * queries.numel() * keys.shape[-2] / (2 if causal else 1)
 
 
 class _LayerNormInFloat32(TorchFunctionMode):
@@ -170,6 +190,10 @@ class FakeModel:
         vision_layers: int = VISION_LAYERS,
     ):
         self.config = config
+        if args.lora_kwargs:
+            # An initial value that is computed from weights has none here.
+            args = copy.copy(args)
+            args.lora_kwargs = {**cast(dict, args.lora_kwargs), "init_lora_weights": False}
         # Autocast, which accelerate leaves to DeepSpeed, keeps copies of the weights that it casts.
         self._autocast = args.deepspeed_config is None and args.compute_dtype != torch.float32
         self._eager = args.attention == "eager"
@@ -180,7 +204,9 @@ class FakeModel:
         dtype = torch.float32 if args.compute_dtype == torch.float32 else torch.bfloat16
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             self.model: Any = Phi3VForCausalLM._from_config(few, dtype=dtype)
-            if args.use_qlora:
+            # DoRA reads whole weights while it is made; in passing, as it does in 4 bits.
+            dora = bool(cast(dict, args.lora_kwargs or {}).get("use_dora"))
+            if args.use_qlora and not dora:
                 _quantise(self.model, dtype)
             self.model = set_trainable(self.model, args)
             if args.deepspeed_config is not None:
@@ -188,6 +214,12 @@ class FakeModel:
                 self.model.to(dtype)
         self.model.train()
         self.parameters = list(self._all_parameters(few))
+        # Ids of the weights that are in 4 bits in a run.
+        self.quantised = {
+            id(parameter)
+            for name, parameter in self.model.named_parameters()
+            if args.use_qlora and IN_4_BITS.search(name)
+        }
         self._mode, self.live = FakeTensorMode(), Live()
         with self._mode:
             _replace_by_fakes(self.model)
@@ -200,8 +232,7 @@ class FakeModel:
             "vision tower": self.config.vision_config.num_hidden_layers - few.vision_config.num_hidden_layers,  # type: ignore[union-attr]
         }
         for name, parameter in self.model.named_parameters():
-            part = model_part(name.replace("lora_", ""))
-            yield parameter, 1 + (missing[part] if ".layers.1." in name else 0)
+            yield parameter, 1 + (missing[part_below(name)] if ".layers.1." in name else 0)
 
     def step(self, batch: Batch, recompute: str) -> list[Segment]:
         """The course of the forward and backward pass of one micro-batch, with --recompute full, vision or none."""
@@ -328,11 +359,12 @@ def repeated(config: Phi3VConfig, found: list[Segment]) -> list[tuple[int, int]]
 
 def whole(config: Phi3VConfig, found: list[Segment]) -> StepBytes:
     """Puts the segments of all layers together."""
-    live = peak = traffic = 0.0
+    live = peak = traffic = flops = 0.0
     for number, times in repeated(config, found):
         segment = found[number]
         for _ in range(times):
             peak = max(peak, live + segment.peak)
             live += segment.change
         traffic += times * segment.traffic
-    return StepBytes(peak, traffic)
+        flops += times * segment.flops
+    return StepBytes(peak, traffic, flops)

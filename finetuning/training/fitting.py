@@ -2,10 +2,10 @@
 
 import copy
 import json
+import shlex
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,21 +19,15 @@ from ..data.dataset import ConversationDataset
 from ..errors import RunError
 from .fake_step import Batch
 from .memory import GIB, OUTSIDE_TORCH, Activations, Memory, allocatable_bytes, plan_memory
+from .parts import STRATEGIES, choices_named, choices_of
 
 # From the least computed to the least memory.
 RECOMPUTE = ("none", "vision", "full")
-STRATEGIES = {
-    "full": {"freeze_vision_model": False, "use_lora": False, "use_qlora": False},
-    "frozen": {"freeze_vision_model": True, "use_lora": False, "use_qlora": False},
-    "lora": {"use_lora": True, "use_qlora": False},
-    "qlora": {"use_lora": True, "use_qlora": True},
-}
-FLAGS = {"full": "", "frozen": "--freeze_vision_model", "lora": "--use_lora", "qlora": "--use_lora --use_qlora"}
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What decides on the memory of a run: a strategy of `STRATEGIES`, none or a name of `deepspeed_configs`, and so on."""
+    """What decides on the memory of a run: a strategy (`Choices.name`), --deepspeed as `read_deepspeed` takes it, and so on."""
 
     strategy: str
     deepspeed: str
@@ -43,8 +37,10 @@ class Setting:
     def flags(self) -> str:
         """As a command has them, without those that are defaults."""
         usual = "none" if "lora" in self.strategy else ZERO2.stem
-        engine = "none" if self.deepspeed == "none" else f"ds_configs/{self.deepspeed}.json"
-        words = [FLAGS[self.strategy], f"--deepspeed {engine}" * (self.deepspeed != usual)]
+        words = [
+            choices_named(self.strategy).flags,
+            f"--deepspeed {shlex.quote(self.deepspeed)}" * (self.deepspeed != usual),
+        ]
         words += [f"--recompute {self.recompute}", f"--batch_size_per_gpu {self.micro_batch}" * (self.micro_batch > 1)]
         return " ".join(word for word in words if word)
 
@@ -76,8 +72,7 @@ class Planner:
     def arguments(self, setting: Setting) -> RecipeArguments:
         """The run's arguments with this setting."""
         args = copy.copy(self.args)
-        for name, value in STRATEGIES[setting.strategy].items():
-            setattr(args, name, value)
+        RecipeArguments.train_parts(args, *astuple(choices_named(setting.strategy)))
         # Of any other name: the run's own.
         args.deepspeed_config = deepspeed_configs().get(setting.deepspeed, self.args.deepspeed_config)
         args.recompute, args.per_device_train_batch_size = setting.recompute, setting.micro_batch
@@ -105,13 +100,10 @@ class Planner:
 
 def setting_of(args: RecipeArguments, recompute: str | None = None) -> Setting:
     """The setting of a run."""
-    strategy = "qlora" if args.use_qlora else "lora" if args.use_lora else "full"
-    if strategy == "full" and args.freeze_vision_model:
-        strategy = "frozen"
     known = deepspeed_configs()
     same = [name for name, config in known.items() if config == args.deepspeed_config]
-    engine = same[0] if same else Path(str(args.deepspeed)).stem if isinstance(args.deepspeed, str) else "own"
-    return Setting(strategy, engine, recompute or args.recompute, args.per_device_train_batch_size)
+    engine = same[0] if same else args.deepspeed if isinstance(args.deepspeed, str) else json.dumps(args.deepspeed)
+    return Setting(choices_of(args).name, engine, recompute or args.recompute, args.per_device_train_batch_size)
 
 
 def smaller(setting: Setting) -> Iterable[Setting]:
@@ -123,14 +115,16 @@ def smaller(setting: Setting) -> Iterable[Setting]:
     for count in rows:
         yield Setting(setting.strategy, setting.deepspeed, "full", count)
     engines = list(deepspeed_configs())
-    if setting.strategy in ("full", "frozen") and setting.deepspeed in engines:
+    if "lora" not in setting.strategy and setting.deepspeed in engines:
         wider = ["zero2", "zero3", "zero2_offload", "zero3_offload"]
         start = wider.index(setting.deepspeed) + 1 if setting.deepspeed in wider else 0
         for engine in wider[start:]:
             if engine in engines:
                 yield Setting(setting.strategy, engine, "full", 1)
     strategies = list(STRATEGIES)
-    for strategy in strategies[strategies.index(setting.strategy) + 1 :]:
+    # Of parts that were chosen one by one: those that take least.
+    start = strategies.index(setting.strategy) + 1 if setting.strategy in STRATEGIES else strategies.index("lora")
+    for strategy in strategies[start:]:
         yield Setting(strategy, "none" if "lora" in strategy else setting.deepspeed, "full", 1)
 
 
@@ -168,7 +162,9 @@ def settle_memory(model, args: RecipeArguments, dataset: ConversationDataset) ->
             args.activation_checkpointing = args.recompute != "none"
         setting = setting_of(args)
         peak = planner.memory(setting).peak
-        advised = "" if peak <= free else f"; it may not fit: {advice(planner, setting, free)}"
+        advised = (
+            larger(planner, setting, free) if peak <= free else f"; it may not fit: {advice(planner, setting, free)}"
+        )
     except Exception as error:  # a plan is advice: no run ends for it
         args.recompute = "full" if automatic else args.recompute
         return f"not planned ({error!r:.200}); recomputed: {args.recompute}"
@@ -187,6 +183,19 @@ def least_recomputation(planner: Planner, setting: Setting, free: float) -> str:
         if planner.memory(found).peak <= free:
             return recompute
     return "full"
+
+
+def larger(planner: Planner, setting: Setting, free: float) -> str:
+    """What to say of the largest micro-batch that fits as well, a power of two of this one that leaves no place empty."""
+    found, share = setting, planner.args.batch_size // planner.gpus
+    while (size := 2 * found.micro_batch) <= share and planner.args.batch_size % (size * planner.gpus) == 0:
+        next_one = replace(found, micro_batch=size)
+        if planner.memory(next_one).peak > free:
+            break
+        found = next_one
+    if found == setting:
+        return ""
+    return f"; --batch_size_per_gpu {found.micro_batch} fits too ({planner.memory(found).peak / GIB:.1f} GiB) and may be faster"
 
 
 def advice(planner: Planner, setting: Setting, free: float) -> str:

@@ -3,8 +3,8 @@
 Model FLOPs are those that the training needs, whoever computes more (recomputation, padding, unused layers, other logits):
 2 a multiply-add. A linear layer takes 2 x tokens x in x out, a causal attention 2 x tokens^2 x width, CLIP's 4 x tokens^2 x
 width; counted are real crops, the CLIP layers that are used, and lm_head at the labels. The backward pass takes as much
-again for the gradient of the input and as much for that of a trained weight; nothing for a frozen vision part. A LoRA pair
-of rank r adds 2 x tokens x r x (in + out), three times.
+again for the gradient of the input, down to the first part that is trained, and as much for that of a weight that is trained
+in full. A LoRA pair of rank r adds 2 x tokens x r x (in + out), three times.
 """
 
 import time
@@ -13,6 +13,8 @@ import torch
 
 from phi3v import Phi3VConfig
 
+from .parts import STRATEGIES, Choices
+
 
 def step_flops(
     config: Phi3VConfig,
@@ -20,7 +22,7 @@ def step_flops(
     squared_lengths: int,
     crops: int,
     labels: int,
-    frozen_vision: bool = False,
+    choices: Choices = STRATEGIES["full"],
     lora_rank: int = 0,
 ) -> dict[str, int]:
     """Model FLOPs of a forward pass and of a whole step; the module's docstring has the formula.
@@ -31,8 +33,8 @@ def step_flops(
         squared_lengths (int): sum of the squares of the samples' lengths in tokens.
         crops (int): real crops of all images, global views included.
         labels (int): supervised positions.
-        frozen_vision (bool): whether vision tower and projector stay as they are.
-        lora_rank (int): of the LoRA matrices; 0: the weights themselves are trained.
+        choices (Choices): what is trained.
+        lora_rank (int): of the LoRA matrices, where there are any.
     """
     clip, width = config.vision_config, config.hidden_size
     patches = (clip.image_size // clip.patch_size) ** 2
@@ -48,27 +50,31 @@ def step_flops(
         (config.num_hidden_layers, tokens, config.intermediate_size, width),
         (1, labels, width, config.vocab_size),
     ]
-    vision = [
+    tower = [
         (4 * clip_layers, clip_tokens, clip.hidden_size, clip.hidden_size),
         (2 * clip_layers, clip_tokens, clip.hidden_size, clip.intermediate_size),
-        (1, image_tokens, 4 * clip.hidden_size, width),
-        (1, image_tokens, width, width),
     ]
+    projector = [(1, image_tokens, 4 * clip.hidden_size, width), (1, image_tokens, width, width)]
+    # The pixels need no gradient, so that the patch embedding has none for its input.
     patch_embedding = 2 * crops * patches * 3 * clip.patch_size**2 * clip.hidden_size
     text_attention = 2 * config.num_hidden_layers * width * squared_lengths
-    vision_attention = 4 * clip_layers * clip.hidden_size * crops * (patches + 1) ** 2
-    adapted = text if frozen_vision else text + vision
-    adapters = sum(2 * n * t * lora_rank * (i + o) for n, t, i, o in adapted)
-    text_products, vision_products = (sum(2 * n * t * i * o for n, t, i, o in part) for part in (text, vision))
-    forward = text_products + vision_products + patch_embedding + text_attention + vision_attention + adapters
-    # The gradient of the input, and that of the weight if it is trained.
-    gradients = 1 if lora_rank else 2
-    # An attention multiplies two inputs: both get a gradient, whatever is trained.
-    backward = gradients * text_products + 2 * text_attention + 2 * adapters
-    if not frozen_vision:
-        backward += gradients * vision_products + 2 * vision_attention
-        # The pixels need no gradient.
-        backward += (gradients - 1) * patch_embedding
+    tower_attention = 4 * clip_layers * clip.hidden_size * crops * (patches + 1) ** 2
+    parts = {
+        "vision": (tower, patch_embedding, tower_attention),
+        "projector": (projector, 0, 0),
+        "language": (text, 0, text_attention),
+    }
+    forward = backward = 0
+    reached = False
+    # From the pixels to the loss: behind a part that is trained all others hand their gradients down.
+    for part, (products, first, attention) in parts.items():
+        choice = getattr(choices, part)
+        reached = reached or choice != "frozen"
+        adapters = sum(2 * n * t * lora_rank * (i + o) for n, t, i, o in products) if choice == "lora" else 0
+        weights = sum(2 * n * t * i * o for n, t, i, o in products)
+        forward += weights + first + attention + adapters
+        # An attention multiplies two inputs: both get a gradient, whatever is trained.
+        backward += reached * (weights + 2 * attention) + 2 * adapters + (choice == "full") * (weights + first)
     return {"forward": forward, "step": forward + backward}
 
 

@@ -28,11 +28,11 @@ WITHOUT_EFFECT = {
     *("hub_strategy", "hub_always_push", "hub_revision", "include_num_input_tokens_seen", "skip_memory_metrics", "debug"),
     # what is evaluated: the kept answers are compared with the questions one by one
     *("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "eval_accumulation_steps", "eval_do_concat_batches"),
-    *("eval_use_gather_object", "eval_split", "eval_size", "eval_rows_during_training", "report_rows", "include_for_metrics", "batch_eval_metrics", "max_new_tokens"),
+    *("eval_use_gather_object", "eval_split", "eval_size", "eval_rows_during_training", "report_rows", "metric", "include_for_metrics", "batch_eval_metrics", "max_new_tokens"),
     *("prediction_loss_only", "per_device_eval_batch_size", "bf16_full_eval", "fp16_full_eval", "do_train", "do_eval"),
     *("do_predict", "label_names"),
     # which rows there are: their conversations are compared
-    *("data_dir", "full_train", "check", "on_bad_row", "max_bad_rows", "max_image_pixels", "max_length"),
+    *("data_dir", "dataset", "columns", "eval_share", "num_frames", "full_train", "check", "on_bad_row", "max_bad_rows", "max_image_pixels", "max_length"),
     # how the same steps are computed, spread and fed; the number of processes is compared by itself
     *("per_device_train_batch_size", "gradient_accumulation_steps", "activation_checkpointing", "recompute"),
     *("activation_checkpointing_kwargs", "gradient_checkpointing", "gradient_checkpointing_kwargs", "local_rank"),
@@ -73,6 +73,8 @@ def settings_of(args: RecipeArguments) -> dict[str, Any]:
     names = [field.name for field in fields(args) if field.init and field.name not in without_effect]
     settings = {name: _plain(getattr(args, name)) for name in names}
     settings["deepspeed"] = _plain(args.deepspeed_config)
+    if args.shares and any(share != 1 for share in args.shares.values()):
+        settings["shares of the sources"] = list(args.shares.values())
     name = args.model_name_or_path
     settings["model_name_or_path"] = os.path.realpath(name) if os.path.isdir(name) else name
     settings["weights of the model"] = identify_model(name)
@@ -112,7 +114,8 @@ def write_run(folder: Path, record: dict[str, Any], rows: Mapping[str, Sequence[
             for split, known in rows.items()
         ]
         table = pa.concat_tables(tables)
-        pq.write_table(table, folder / f"{ROWS}.part", compression="zstd")
+        # In groups: what is being written of one is held in memory a second time.
+        pq.write_table(table, folder / f"{ROWS}.part", compression="zstd", row_group_size=100_000)
         (folder / f"{ROWS}.part").replace(folder / ROWS)
     aside = folder / f"{RUN}.part"
     aside.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

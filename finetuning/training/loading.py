@@ -7,6 +7,7 @@ from typing import cast
 
 import torch
 from peft import PeftModel
+from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoProcessor, CLIPVisionConfig, GenerationConfig, PreTrainedModel, set_seed
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
@@ -16,19 +17,21 @@ from transformers.utils import logging
 from phi3v import Phi3VConfig, Phi3VForCausalLM, Phi3VProcessor
 from phi3v.processing_phi3_v import CHAT_TEMPLATE
 
-from ..arguments import RecipeArguments
+from ..arguments import CHOICES, PARTS, RecipeArguments
 from ..errors import InputError
 from .lora import add_lora, nf4
 from .model_folder import check_model_folder
+from .parts import modules_of
 from .saved import SavedModel, find_saved
 from .upload import check_upload
+from .weights import load_weights
 
 
 def load_processor(args: RecipeArguments) -> Phi3VProcessor:
     """Processor of the model, with the run's num_crops; settles `args.max_length` by what the model can take.
 
     A model on the hub is fetched as a whole. An adapter may stand in a model's place where nothing is trained
-    (`args.use_lora` is then set). With --push_to_hub the repository is created before that.
+    (the arguments then say what it was trained on). With --push_to_hub the repository is created before that.
 
     Raises:
         InputError: if nothing could be uploaded there, the model cannot be fetched, the folder holds no processor, or another model's.
@@ -43,7 +46,10 @@ def load_processor(args: RecipeArguments) -> Phi3VProcessor:
                 f"--model_name_or_path {args.model_name_or_path}: expected a whole model to train on, found an adapter; merge it: "
                 f"python -m finetuning.merge {args.model_name_or_path} MERGED, then --model_name_or_path MERGED"
             )
-        args.use_lora = True
+        kept = {part: saved.settings.get(part) for part in PARTS}
+        args.train_parts(
+            **{part: choice if choice in CHOICES else "lora" for part, choice in kept.items()}, in_4_bits=args.use_qlora
+        )
     processor = read_processor(saved, args.num_crops)
     limit = _read_config(saved).max_position_embeddings
     if args.max_length is not None and args.max_length > limit:
@@ -100,26 +106,31 @@ def load_model(args: RecipeArguments) -> PreTrainedModel | PeftModel:
     # DeepSpeed splits the weights when training begins (ZeRO-3). Until then each rank holds all of them: it answers with them.
     unset_hf_deepspeed_config()
     try:
-        model = read_model(saved, args.compute_dtype, args.attention, args.use_qlora, args.device)
+        base = read_model(saved, args.compute_dtype, args.attention, args.use_qlora, args.device)
     finally:
         if args.deepspeed:
             set_hf_deepspeed_config(args.hf_deepspeed_config)
     if saved.adapter:
-        return read_adapter(model, saved)
+        return read_adapter(base, saved)
+    model = set_trainable(base, args)
     if args.compile_options:
         for module in model.modules():
             if isinstance(module, GradientCheckpointingLayer):
-                # In place, so that all names stay; one compilation serves all layers of a kind.
+                # In place, so that all names stay; one compilation serves all layers of a kind. Last, as a copy is not compiled.
+                # dynamic: for all lengths. Sizes that are equal in the first batch count as one, though: where its length is
+                # also a width of the model, the second batch compiles once more.
                 module.compile(dynamic=True, **args.compile_options)
-    return set_trainable(model, args)
+    return model
 
 
 def set_trainable(model, args: RecipeArguments) -> PreTrainedModel | PeftModel:
     """The model with exactly the parameters trainable that the strategy trains; adapters are added."""
     # The last CLIP layer is never run: it would wait for gradients that never come.
     unused_layers(model).requires_grad_(False)
-    if args.freeze_vision_model:
-        model.model.vision_embed_tokens.requires_grad_(False)
+    for part, modules in modules_of(model).items():
+        if getattr(args, part) == "frozen":
+            for module in modules:
+                module.requires_grad_(False)
     return add_lora(model, args) if args.use_lora else model
 
 
@@ -190,7 +201,14 @@ def read_adapter(model: PreTrainedModel, saved: SavedModel) -> PeftModel:
         with warnings.catch_warnings():
             # PEFT only warns of weights that are missing.
             warnings.filterwarnings("error", "Found missing adapter keys")
-            return PeftModel.from_pretrained(model, str(saved.adapter))
+            found = PeftModel.from_pretrained(model, str(saved.adapter))
+        copies = [module for module in found.modules() if isinstance(module, ModulesToSaveWrapper)]
+        if copies:
+            for module in copies:
+                module.modules_to_save.float()
+            # Once more: PEFT has rounded the parts that were trained in full to the dtype of the base.
+            load_weights(found, cast(Path, saved.adapter))
+        return found
     except (OSError, ValueError, TypeError, RuntimeError, KeyError, UserWarning, SafetensorError) as error:
         raise InputError(
             f"{saved.adapter}: expected an adapter of {saved.base}, found: {_first_line(error)}; --base names another base"

@@ -1,25 +1,23 @@
-"""LoRA adapters, as the published recipe sets them."""
+"""LoRA adapters, as the published recipe sets them, and copies of the parts that are trained in full beside them."""
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import LoraVariant
 from torch.nn.functional import linear
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, CLIPVisionConfig
 
-from ..arguments import RecipeArguments
+from phi3v import Phi3VConfig
 
-# Published settings: all linear layers of the language model and, unless vision is frozen, of CLIP and the projector.
-LANGUAGE_TARGETS = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj", "lm_head"]
-
-VISION_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2", "img_projection.0", "img_projection.2"]
+from ..arguments import RecipeArguments, set_by_flags
+from .parts import FLAGS, LORA_TARGETS, choices_of, copied_modules
 
 # What an adapter_config.json may hold for PEFT 0.12, which refuses any other key.
 # Source: https://github.com/huggingface/peft/blob/v0.12.0/src/peft/tuners/lora/config.py
@@ -72,30 +70,52 @@ class OneProduct(LoraVariant):
         return orig_weight - module.get_delta_weight(active_adapter)
 
 
+def target_modules(config: Phi3VConfig, names: Iterable[str]) -> str:
+    """The pattern of the layers that get adapters: those whose names end so, but for the last CLIP layer, which is never run."""
+    # Not exclude_modules, which PEFT knows since 0.14: older ones could not load the adapter.
+    last = cast(CLIPVisionConfig, config.vision_config).num_hidden_layers - 1
+    return rf"(?!.*\.vision_model\.encoder\.layers\.{last}\.)(.*\.)?({'|'.join(map(re.escape, names))})"
+
+
 def add_lora(model, args: RecipeArguments):
-    last = model.config.vision_config.num_hidden_layers - 1
-    targets = LANGUAGE_TARGETS + ([] if args.freeze_vision_model else VISION_TARGETS)
-    alpha = float(args.lora_rank * args.lora_alpha_ratio)
+    """The model with adapters over the parts that are lora, and copies of the parts that are full.
+
+    Without DeepSpeed, which keeps float32 weights of its own, all that is trained is float32, and computed under autocast.
+    """
+    choices = choices_of(args)
+    targets = [name for part in FLAGS if getattr(choices, part) == "lora" for name in LORA_TARGETS[part]]
+    given: Any = args.lora_kwargs or {}
     config = LoraConfig(
-        r=args.lora_rank,
-        # Kept whole where it is: PEFT writes it into adapter_config.json.
-        lora_alpha=int(alpha) if alpha.is_integer() else alpha,  # type: ignore[arg-type]
-        lora_dropout=args.lora_dropout,
-        # Not exclude_modules, which PEFT knows since 0.14: older ones could not load the adapter.
-        target_modules=rf"(?!.*\.vision_model\.encoder\.layers\.{last}\.)(.*\.)?({'|'.join(map(re.escape, targets))})",
-        init_lora_weights="gaussian",
+        **set_by_flags(args),
+        target_modules=target_modules(model.config, targets),
+        modules_to_save=copied_modules(model.config, choices) or None,
         task_type="CAUSAL_LM",
+        **{"init_lora_weights": "gaussian", **given},
     )
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     model = get_peft_model(model, config)
+    _freeze_biases(model, frozen)
+    if args.deepspeed_config is None:
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
     for layer in model.modules():
         if isinstance(layer, LoraLayer):
-            layer.lora_variant = dict.fromkeys(layer.lora_A, OneProduct())
+            if not layer.lora_variant:
+                layer.lora_variant = dict.fromkeys(layer.lora_A, OneProduct())
             # Autocast takes the weights to the input's dtype, which costs a hundredth of the opposite.
             layer.cast_input_dtype_enabled = False
     model.save_pretrained = partial(_save_adapter, model.save_pretrained)
     # It would add to a card of the user's own, and leave an empty form in each checkpoint; `results/card.py` writes one.
     model.create_or_update_model_card = lambda _: None
     return model
+
+
+def _freeze_biases(model, frozen: set[str]) -> None:
+    """`bias` of --lora_kwargs trains biases, of frozen parts too, and of the layer that is never run: those stay as they are."""
+    for name, parameter in model.named_parameters():
+        if name.removeprefix("base_model.model.").replace(".base_layer", "") in frozen:
+            parameter.requires_grad_(False)
 
 
 def _save_adapter(save: Callable[..., None], folder: str, **kwargs) -> None:

@@ -7,6 +7,7 @@ Weights, gradients, optimizer states and DeepSpeed's buffers follow from the num
 | no DeepSpeed, 16 bit | 2 | 2 | 2 + 2 | DistributedDataParallel holds the gradients a second time, in its buckets |
 | the same, LoRA | 4 | 4 | 4 + 4 | of the adapters; the frozen weights take 2, or 0.52 in nf4 |
 | ZeRO-2 on N GPUs | 2 | 4 / N | 12 / N | float32: gradients summed over micro-batches, weights, two moments |
+| ZeRO-1 | 2 | 4 + 4 | 12 / N | the sums a second time in the step; no config of ds_configs/ |
 | ZeRO-3 | 2 / N | 4 / N | 12 / N | and the weights of the layers that are just in use, whole |
 
 With an 8-bit AdamW two moments take 2.03 bytes instead of 8 (each block of 256 has a float32 scale), without DeepSpeed instead
@@ -31,6 +32,7 @@ from phi3v import Phi3VConfig
 
 from ..arguments import RecipeArguments
 from .fake_step import Batch, FakeModel, StepBytes, whole
+from .parts import choices_of
 
 GIB = 2**30
 STORED = Path(__file__).with_name("activations.json")
@@ -89,7 +91,7 @@ def allocatable_bytes(free: float) -> float:
 def count_parameters(model: FakeModel) -> Parameters:
     """Of a model whose few layers stand for all."""
     trained = [(parameter, times) for parameter, times in model.parameters if parameter.requires_grad]
-    packed = sum(p.numel() * times for p, times in model.parameters if type(p).__name__ == "Params4bit")
+    packed = sum(p.numel() * times for p, times in model.parameters if id(p) in model.quantised)
     return Parameters(
         sum(parameter.numel() * times for parameter, times in model.parameters),
         packed,
@@ -119,13 +121,13 @@ def plan_memory(
         states = MOMENTS_8_BIT if in_8_bits else 2 * p.trained_bytes
         copies = p.trained_bytes * p.trained
         return Memory(frozen + copies, copies, states * p.trained, activations, copies if gpus > 1 else 0)
-    zero = config.get("zero_optimization", {})
-    stage, offload = int(zero.get("stage", 0)), _is_offloaded(zero, "offload_optimizer")
+    zero = zero_of(args)
+    stage, offload = int(zero.get("stage", 0)), is_offloaded(zero, "offload_optimizer")
     of_weights, of_gradients, of_states = (gpus if stage >= least else 1 for least in (3, 2, 1))
     float32_sum = stage == 3 or config.get("data_types", {}).get("grad_accum_dtype") == "fp32" or width == 4
     gradients = (4 if float32_sum else width) * p.trained / of_gradients
     states = (4 + (MOMENTS_8_BIT if in_8_bits else 8)) * p.trained / of_states
-    weights = 0 if _is_offloaded(zero, "offload_param") else (frozen + width * p.trained) / of_weights
+    weights = 0 if is_offloaded(zero, "offload_param") else (frozen + width * p.trained) / of_weights
     if offload:
         gradients = states = 0
     bucket, joined = _size(zero, "reduce_bucket_size", hidden_size), 0.0
@@ -141,6 +143,9 @@ def plan_memory(
         backward = width * (buckets * bucket + joined) + 4 * p.largest
         # Without float32 sums the gradients are joined in one row, and that is made float32.
         step = 8 * p.largest if float32_sum else (width + 4) * p.trained / of_states
+        if stage == 1 and float32_sum:
+            # The sums of all weights, copied; measured with 1, 2 and 4 processes.
+            step = 4 * p.trained
     if offload:
         step = 0
     # The optimizer steps when the activations are gone.
@@ -149,12 +154,18 @@ def plan_memory(
 
 def main_memory(args: RecipeArguments, parameters: Parameters) -> float:
     """Bytes of main memory that offloaded states take, over all GPUs together."""
-    zero = (args.deepspeed_config or {}).get("zero_optimization", {})
-    found = 16.0 * parameters.trained if _is_offloaded(zero, "offload_optimizer") else 0.0
-    return found + (2.0 * parameters.all if _is_offloaded(zero, "offload_param") else 0.0)
+    zero = zero_of(args)
+    found = 16.0 * parameters.trained if is_offloaded(zero, "offload_optimizer") else 0.0
+    return found + (2.0 * parameters.all if is_offloaded(zero, "offload_param") else 0.0)
 
 
-def _is_offloaded(zero: dict[str, Any], what: str) -> bool:
+def zero_of(args: RecipeArguments) -> dict[str, Any]:
+    """What a run's DeepSpeed config says of ZeRO; nothing without one."""
+    return (args.deepspeed_config or {}).get("zero_optimization", {})
+
+
+def is_offloaded(zero: dict[str, Any], what: str) -> bool:
+    """Whether offload_optimizer or offload_param names a device."""
     return (zero.get(what) or {}).get("device", "none") != "none"
 
 
@@ -179,11 +190,15 @@ class Activations:
         self.model = FakeModel(config, args)
         self.parameters = count_parameters(self.model)
         self._stored = stored(config, args)
+        self._taken: dict[tuple[Batch, str], StepBytes] = {}
 
     def of(self, batch: Batch, recompute: str) -> StepBytes:
         """See `StepBytes`; --recompute full, vision or none."""
         if self._stored is None:
-            return whole(self.config, self.model.step(batch, recompute))
+            # About a second each in full size: once.
+            if (batch, recompute) not in self._taken:
+                self._taken[batch, recompute] = whole(self.config, self.model.step(batch, recompute))
+            return self._taken[batch, recompute]
         found = self._stored[recompute]
         return StepBytes(max(_value(line, batch) for line in found["peak"]), _value(found["traffic"], batch))
 
@@ -210,7 +225,7 @@ def sizes_of(config: Phi3VConfig) -> list[int]:
 
 def course_name(args: RecipeArguments) -> str:
     """The name in activations.json of a way to train. In 4 bits: as LoRA, because no whole weight is there at the peak."""
-    trained = "lora" if args.use_lora else "frozen" if args.freeze_vision_model else "full"
+    trained = choices_of(args).name.removeprefix("q")
     return f"{trained}, {'autocast' if args.deepspeed_config is None else 'DeepSpeed'}"
 
 
@@ -219,7 +234,7 @@ def stored(config: Phi3VConfig, args: RecipeArguments) -> dict[str, Any] | None:
     known = _read_stored()
     given = {"sizes": sizes_of(config), "lora_rank": args.lora_rank if args.use_lora else known.get("lora_rank")}
     unlike = args.lora_dropout or args.attention == "eager" or args.compute_dtype == torch.float32
-    if unlike or (args.use_lora and args.freeze_vision_model) or any(known.get(n) != v for n, v in given.items()):
+    if unlike or (args.use_lora and args.lora_kwargs) or any(known.get(n) != v for n, v in given.items()):
         return None
     return known["courses"].get(course_name(args))
 

@@ -19,6 +19,7 @@ from phi3v.modeling_phi3_v import IGNORE_INDEX
 
 from ..arguments import RecipeArguments
 from .flops import matmul_rate, step_flops
+from .parts import choices_of
 
 # Without a terminal, seconds between two lines that say how far the answers are.
 LINE_INTERVAL = 30
@@ -104,8 +105,8 @@ class Progress(TrainerCallback):
         figures |= {"tokens_per_second": tokens / seconds, "seconds_per_step": seconds / steps}
         figures |= {"peak_memory_gb": self._peak / 1e9}
         if self._rate:
-            rank = args.lora_rank if args.use_lora else 0
-            flops = step_flops(self._model.config, tokens, squares, crops, labels, args.freeze_vision_model, rank)
+            choices = choices_of(args)
+            flops = step_flops(self._model.config, tokens, squares, crops, labels, choices, args.lora_rank)
             figures["mfu"] = flops["step"] / seconds / (self._rate * args.world_size)
         # As many digits as a person or a tracker reads.
         return {name: float(f"{value:.5g}") for name, value in figures.items()}

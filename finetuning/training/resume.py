@@ -158,7 +158,7 @@ def _inspect_folder(args: RecipeArguments, train: ConversationDataset, evaluatio
     if earlier is None:
         return _FolderState(record, None, [])
     kind = "finished" if final else "half-done"
-    differences = _differences(record, earlier, train, read_rows(output, "train"))
+    differences = _differences(record, earlier, train, output)
     if differences and (final or checkpoints):
         raise InputError(_refusal(f"--output_dir {output}", kind, record, earlier, differences))
     if differences:
@@ -236,9 +236,11 @@ def _identity(record: dict[str, Any]) -> str:
     return hashlib.sha256(known.encode(errors="surrogatepass")).hexdigest()[:16]
 
 
-def _differences(record, earlier, train: ConversationDataset, rows) -> list[str]:
+def _differences(record, earlier, train: ConversationDataset, folder: Path) -> list[str]:
     found = []
     if record["rows"]["train"] != earlier["rows"]["train"]:
+        # Read only here: of a million rows they are seconds and 100 MB.
+        rows = read_rows(folder, "train")
         found.append(describe_rows(train.fingerprints, rows, "to train on") or "other rows to train on")
     found += describe_settings(record["settings"], earlier["settings"])
     if len(found) > MOST_DIFFERENCES:
@@ -253,7 +255,7 @@ def _compare_named(path: Path, record: dict[str, Any], train: ConversationDatase
     earlier = read_run(path)
     if earlier is None:
         raise InputError(f"{path}: expected a checkpoint that a run of these recipes has written, found no {RUN} in it")
-    differences = _differences(record, earlier, train, read_rows(path.parent, "train"))
+    differences = _differences(record, earlier, train, path.parent)
     if differences:
         raise InputError(_refusal(str(path), "half-done", record, earlier, differences))
 

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from .fake_step import Batch
 from .fitting import Planner, Setting
 from .flops import step_flops
+from .memory import is_offloaded, zero_of
+from .parts import choices_named
 
 # Shares of the data sheet that long products and long copies are assumed to reach; no GPU has confirmed them.
 OF_FLOPS, OF_BANDWIDTH = 0.75, 0.8
@@ -69,11 +71,11 @@ def step_seconds(
 
 
 def _sample_seconds(planner: Planner, setting: Setting, card: Card, tokens, squares, crops) -> float:
-    rank = planner.args.lora_rank if "lora" in setting.strategy else 0
-    frozen = planner.arguments(setting).freeze_vision_model
+    rank, choices = planner.args.lora_rank, choices_named(setting.strategy)
+    frozen = choices.vision == "frozen"
     config, labels = planner.config, planner.labels
-    found = step_flops(config, int(tokens), int(squares), int(crops), labels, frozen, rank)
-    vision = step_flops(config, 0, 0, int(crops), 0, frozen, rank)["forward"]
+    found = step_flops(config, int(tokens), int(squares), int(crops), labels, choices, rank)
+    vision = step_flops(config, 0, 0, int(crops), 0, choices, rank)["forward"]
     again = {"none": 0, "vision": 0 if frozen else vision, "full": found["forward"] - (vision if frozen else 0)}
     flops = found["step"] + again[setting.recompute]
     batch = Batch(1, int(tokens), int(crops), labels)
@@ -86,19 +88,21 @@ def _between(planner: Planner, setting: Setting, card: Card, micro_batches: floa
     parameters, others = planner.activations(setting).parameters, (planner.gpus - 1) / planner.gpus
     if setting.deepspeed == "none":
         return 2 * parameters.trained_bytes * parameters.trained * others / card.link
-    if "zero3" in setting.deepspeed:
+    stage = zero_of(planner.arguments(setting)).get("stage", 0)
+    if stage == 3:
         # The weights of each layer, forward and backward, and its gradients.
         return micro_batches * (4 * parameters.all + 2 * parameters.trained) * others / card.link
-    # Summed for all and kept by one; the new weights, once.
-    return (micro_batches * 4 + 2) * parameters.trained * others / card.link
+    # Summed for all and kept by one; the new weights, once. Before stage 2 the sums of an optimizer step, in float32.
+    sums = micro_batches * 4 if stage == 2 else 8
+    return (sums + 2) * parameters.trained * others / card.link
 
 
 def _optimizer_seconds(planner: Planner, setting: Setting, card: Card, micro_batches: float) -> float:
-    parameters = planner.activations(setting).parameters
+    parameters, zero = planner.activations(setting).parameters, zero_of(planner.arguments(setting))
     share = parameters.trained / (1 if setting.deepspeed == "none" else planner.gpus)
-    if "offload" not in setting.deepspeed:
+    if not is_offloaded(zero, "offload_optimizer"):
         return ADAMW_BYTES * share / (card.bandwidth * OF_BANDWIDTH)
     moved = (micro_batches + 1) * 2 * share
-    if "zero3" in setting.deepspeed:
+    if is_offloaded(zero, "offload_param"):
         moved += micro_batches * 4 * parameters.all / planner.gpus
     return moved / PCIE + ADAMW_BYTES * share / MAIN_MEMORY

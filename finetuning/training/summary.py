@@ -14,6 +14,7 @@ from ..errors import InputError
 from .fitting import settle_memory
 from .identity import read_run, write_run
 from .parts import PARTS, model_part
+from .rates import describe_rates, has_rates
 
 
 def print_summary(model, args: RecipeArguments, dataset: ConversationDataset) -> None:
@@ -51,6 +52,9 @@ def describe(model, args: RecipeArguments, dataset: ConversationDataset) -> str:
     counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     dtypes: dict[str, set[str]] = defaultdict(set)
     for name, parameter in model.named_parameters():
+        if ".original_module." in name:
+            # The base's own, of which PEFT trains a copy.
+            continue
         # Two 4-bit weights are packed in one byte.
         packed = parameter.dtype == torch.uint8
         counts[model_part(name)][0 if parameter.requires_grad else 1] += parameter.numel() * (2 if packed else 1)
@@ -73,16 +77,17 @@ def describe(model, args: RecipeArguments, dataset: ConversationDataset) -> str:
     total = sum(sum(count) for count in counts.values())
     trained = sum(count[0] for count in counts.values())
     lines.append(f"{'all':<16}{trained:>16,}{total - trained:>16,}  {trained / total:.2%} trainable")
-    ranks, micro, rows = args.world_size, args.per_device_train_batch_size, len(dataset)
+    ranks, micro, rows = args.world_size, args.per_device_train_batch_size, dataset.epoch_size
     compiled = "; layers compiled" if args.compile_options else ""
     places = ranks * micro * args.gradient_accumulation_steps
     empty = f"; {places - args.batch_size} of {places} places stay empty" if places > args.batch_size else ""
     lines += [
         f"strategy         {args.strategy}; {_engine(args)}",
+        *[f"learning rates   {describe_rates(args)}"] * has_rates(args),
         f"device           {_device_name(args)}; compute {compute}; attention {attention}; recomputed: {args.recompute}{compiled}",
         f"effective batch  {args.batch_size} = {ranks} rank(s) x {micro} micro-batch x {args.gradient_accumulation_steps} "
         f"accumulation{empty}",
-        f"rows             {rows}, each once an epoch",
+        *_describe_rows(dataset),
         f"steps            {_describe_steps(args, rows)}",
         f"output           {args.output_dir}",
     ]
@@ -91,6 +96,19 @@ def describe(model, args: RecipeArguments, dataset: ConversationDataset) -> str:
             f"note             {torch.cuda.device_count()} GPUs here, {ranks} used: torchrun --nproc_per_node=N uses more"
         )
     return "\n".join(lines)
+
+
+def _describe_rows(dataset: ConversationDataset) -> list[str]:
+    mixture = dataset.mixture
+    if mixture is None:
+        several = ", ".join(f"{rows:,} of {name}" for name, rows in dataset.sources.items())
+        return [
+            f"rows             {len(dataset)}, each once an epoch{f': {several}' if len(dataset.sources) > 1 else ''}"
+        ]
+    lines = [f"rows             {len(dataset)}, of which an epoch takes {dataset.epoch_size} samples:"]
+    for name, rows, samples in zip(mixture.names, mixture.rows, mixture.samples, strict=True):
+        lines.append(f"                 {samples:,} of {name}, which has {rows:,} ({samples / rows:.4g} times each)")
+    return lines
 
 
 def _attention_name(args: RecipeArguments) -> str:
@@ -136,7 +154,7 @@ def check_disk(model, args: RecipeArguments, dataset: ConversationDataset) -> No
         InputError: if the final weights, or not even one checkpoint beside them, fit.
     """
     weights, checkpoint = estimate_bytes(model, args)
-    steps = count_steps(args, len(dataset))
+    steps = count_steps(args, dataset.epoch_size)
     every = args.save_steps if args.save_steps >= 1 else max(1, args.save_steps * steps)
     written = {"no": 0, "epoch": math.ceil(args.num_train_epochs)}.get(
         str(getattr(args.save_strategy, "value", args.save_strategy)), math.ceil(steps / every)

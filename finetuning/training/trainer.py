@@ -13,6 +13,7 @@ from transformers.trainer_utils import TrainOutput
 
 from ..arguments import RecipeArguments
 from ..data.dataset import StartEpoch
+from ..data.mixture import MixtureSampler
 from ..data.sampler import StepSampler
 from ..errors import RunError
 from .callbacks import (
@@ -28,7 +29,9 @@ from .checkpoint import final_files, seal
 from .fitting import out_of_memory
 from .identity import read_run
 from .progress import Progress
+from .rates import group_by_rate, lora_plus_optimizer, rates_of
 from .signals import spare_workers
+from .source_losses import SourceLosses
 from .trackers import log_answers, write_beside_the_run
 from .upload import UploadCheckpoint
 from .weights import load_weights, whole_weights
@@ -63,7 +66,7 @@ class RecipeTrainer(Trainer):
         if args.early_stopping_patience is not None:
             callbacks = [*callbacks, EarlyStoppingCallback(args.early_stopping_patience)]
         self._nonfinite, self._pending, self._saved_step = NonFiniteCheck(), PendingLoss(), None
-        self._progress = Progress()
+        self._progress, self._source_losses = Progress(), SourceLosses()
         # Where the weights come from, if there was nothing left to train.
         self._trained_weights: Path | None = None
         # A signal stops the run once the checkpoint is sealed, so it comes last.
@@ -79,12 +82,13 @@ class RecipeTrainer(Trainer):
         self.label_smoother = None
 
     def get_train_dataloader(self):
-        loader, args = super().get_train_dataloader(), self.args
+        loader, args, mixture = super().get_train_dataloader(), self.args, self.train_dataset.mixture
+        seed = args.seed if args.data_seed is None else args.data_seed
         # Around the sampler that accelerate has seeded. One of `_get_train_sampler`'s it would not seed, nor would
         # `set_epoch` reach it where a resumed epoch begins in its middle.
         loader.set_sampler(
             StepSampler(
-                loader.get_sampler(),
+                loader.get_sampler() if mixture is None else MixtureSampler(mixture, seed),
                 self.train_dataset.lengths.__getitem__,
                 args.batch_size,
                 args.per_device_train_batch_size,
@@ -96,13 +100,22 @@ class RecipeTrainer(Trainer):
         spare_workers(loader.base_dataloader)
         return loader
 
+    def num_examples(self, dataloader) -> int:
+        """Samples of an epoch, which a mixture gives more or fewer of than there are rows."""
+        if dataloader.dataset is self.train_dataset:
+            return self.train_dataset.epoch_size
+        return super().num_examples(dataloader)
+
     def get_eval_dataloader(self, eval_dataset=None):
         loader = super().get_eval_dataloader(eval_dataset)
         spare_workers(loader.base_dataloader)
         return loader
 
     def create_optimizer(self, model=None):
+        if self.args.lora_plus_ratio is not None and self.optimizer is None:
+            self.optimizer = lora_plus_optimizer(model or self.model, self.args)
         optimizer = super().create_optimizer(model)
+        optimizer.param_groups[:] = group_by_rate(optimizer.param_groups, model or self.model, self.args)
         if self.args.deepspeed_config and type(optimizer).__module__.startswith("bitsandbytes"):
             optimizer.param_groups[:] = [part for group in optimizer.param_groups for part in _split(group)]
         return optimizer
@@ -126,6 +139,7 @@ class RecipeTrainer(Trainer):
         if not self.args.do_train:
             return nothing
         self._pending.checkpoint = resume_from_checkpoint
+        self._source_losses = SourceLosses(list(self.train_dataset.sources))
         try:
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         except torch.OutOfMemoryError as error:
@@ -155,7 +169,7 @@ class RecipeTrainer(Trainer):
         return output
 
     def compute_loss(self, model, inputs, *args, **kwargs):
-        inputs = {name: value for name, value in inputs.items() if name != "ids"}
+        inputs = {name: value for name, value in inputs.items() if name not in ("ids", "sources")}
         if self.args.label_smoothing_factor and model.training:
             inputs["smoothing"] = self.args.label_smoothing_factor
         return super().compute_loss(model, inputs, *args, **kwargs)
@@ -166,12 +180,15 @@ class RecipeTrainer(Trainer):
         self._progress.count(inputs)
         loss = loss.nan_to_num(0, 0, 0)
         self._pending.add(loss)
+        # The Trainer makes it a mean over the ranks' sum.
+        self._source_losses.count(inputs, loss / self.args.world_size, num_items_in_batch)
         return loss
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "loss" in logs:
             logs["loss"] = self._pending.pop_mean(self.state)
-            logs |= self._progress.pop_figures(self.args, self.state)
+            logs |= self._progress.pop_figures(self.args, self.state) | self._source_losses.pop()
+            logs |= rates_of(self.optimizer)
         super().log(logs, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

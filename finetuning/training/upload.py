@@ -31,7 +31,7 @@ SHOWING_ROWS = ("report.html", "confusion.png")
 # Texts in which a library or the recipe may have written a path.
 WITH_PATHS = {"report.html", "config.json", "adapter_config.json", "tokenizer_config.json"}
 # What `find_saved` needs of a run.
-SETTINGS = ("use_lora", "use_qlora", "bf16", "fp16")
+SETTINGS = ("use_lora", "use_qlora", "vision", "projector", "language", "bf16", "fp16")
 # Of the two clients, the second in Rust.
 UPLOAD_ERRORS = (OSError, httpx2.HTTPError, HfHubHTTPError, ValueError, RuntimeError)
 SECONDS = 120  # for one answer of the hub, which may be long in writing a commit
@@ -190,8 +190,8 @@ def run_files(args: RecipeArguments, folder: Path, shows_rows: bool) -> list[Com
 def without_paths(text: str, args: RecipeArguments) -> str:
     """A text in which the folders of the run are called by their own names, and the working and home folder by `.` and `~`."""
     folders = {os.getcwd(): ".", os.path.expanduser("~"): "~"}
-    for given in (args.output_dir, args.data_dir, args.model_name_or_path):
-        if given and os.path.isdir(given):
+    for given in (args.output_dir, *args.data_paths, args.model_name_or_path):
+        if given and os.path.exists(given):
             own_name = Path(given).resolve().name
             folders |= {
                 path: own_name for path in (given, os.path.abspath(given), os.path.realpath(given)) if "/" in path

@@ -142,6 +142,16 @@ def test_the_same_page_with_another_answer_is_named_beside_it(base, data, tmp_pa
     assert "other answer: 2 answers" in capsys.readouterr().out
 
 
+def test_rows_of_ones_own_data_are_judged_without_a_share_held_back(base, data, tmp_path, monkeypatch):
+    lines = [f"images/{number}.png,Which page?,{number}" for number in range(6)]
+    (data / "pages.csv").write_text("\n".join(["image,question,answer", *lines]) + "\n")
+    flags = ["--task", "own_data", *FLAGS[2:], "--data_dir", data / "pages.csv", "--output_dir", tmp_path / "out"]
+    saved.call(monkeypatch, doubts, base, *flags)
+    found = read(tmp_path / "out/doubts.jsonl")
+    assert sorted(item["answers"] for item in found) == [[str(number)] for number in range(6)]
+    assert found[0]["where"].rpartition(":")[0] == str(data / "pages.csv")
+
+
 def test_what_is_judged_is_kept_and_mended_rows_alone_are_judged_again(base, data, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     call = [base, *FLAGS, "--data_dir", data, "--output_dir", out, "--per_device_eval_batch_size", "2"]

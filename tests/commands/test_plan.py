@@ -2,11 +2,15 @@
 
 import json
 import re
+import shlex
 
 import pytest
 import recipe
 
 from finetuning import plan
+from finetuning.arguments import parse_args
+from finetuning.training.fitting import Setting, deepspeed_configs, setting_of
+from finetuning.training.parts import STRATEGIES
 from phi3v import Phi3VConfig
 
 own_process = pytest.fixture(autouse=True)(recipe.own_process)
@@ -91,6 +95,46 @@ def test_the_largest_strategy_that_fits_is_recommended(call):
     assert "--freeze_vision_model" in recommended(*A100, "--freeze_vision_model")
 
 
+@pytest.mark.parametrize("engine", [*deepspeed_configs(), "own.json", '{"zero_optimization": {"stage": 2}}'])
+def test_a_setting_is_what_its_flags_say(engine, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.json").write_text('{"zero_optimization": {"stage": 2, "reduce_bucket_size": 1e7}}')
+    for strategy in STRATEGIES:
+        if strategy != "qlora" or "zero3" not in engine:
+            setting = Setting(strategy, engine, "vision", 2)
+            assert setting_of(plan.run_arguments(shlex.split(setting.flags()))) == setting
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [*A100, "--deepspeed", "zero3"],
+        [*A100, "--use_lora", "--lora_alpha_ratio", "1", "--deepspeed", "zero2"],
+        ["--gpus", "1", "--gpu_memory", "24", "--use_qlora", "--num_crops", "4", "--lr_scheduler_type", "cosine"],
+        ["--gpus", "4", "--gpu_memory", "24", "--freeze_vision_model", "--wd", "0.1", "--max_steps", "9"],
+        [
+            *("--gpus", "1", "--gpu", "H100", "--optim", "paged_adamw_8bit"),
+            *("--lr_scheduler_type", "cosine", "--lr_scheduler_kwargs", '{"num_cycles": 2}'),
+        ],
+        [*A100, "--deepspeed", '{"zero_optimization": {"stage": 1}}'],
+    ],
+    ids=" ".join,
+)
+def test_the_recommended_command_is_one_that_the_script_takes(call, flags, tiny_folder):
+    status, out, err = call(*flags)
+    assert (status, err) == (0, "")
+    launcher, _, script, *words = shlex.split(re.search("recommended  (.*)", out)[1])
+    assert (launcher, script) == ("torchrun", "finetune_hf_trainer_docvqa.py")
+    if "--use_flash_attention" in words:  # which a CPU has not
+        words.remove("--use_flash_attention")
+    args = parse_args([*words, "--model_name_or_path", str(tiny_folder), "--output_dir", "output"])
+    given = plan.run_arguments(flags[4:])
+    names = ["use_lora", "use_qlora", "freeze_vision_model", "lora_alpha_ratio", "weight_decay", "max_steps", "optim"]
+    names += ["num_crops", "lr_scheduler_type", "lr_scheduler_kwargs"]
+    names += ["deepspeed_config"] * ("--deepspeed" in flags)
+    assert [getattr(args, name) for name in names] == [getattr(given, name) for name in names]
+
+
 def test_gpu_flags_are_no_fault_without_a_gpu(call):
     for flags in (["--use_flash_attention", "--bf16"], ["--fp16"], ["--attn_implementation", "flash_attention_2"]):
         status, out, err = call(*A100, *flags)
@@ -126,7 +170,11 @@ def test_the_data_folder_gives_the_samples(call, tiny_folder, tmp_path, monkeypa
         (["--gpu", "H1000"], "expected one of T4"),
         (["--gpus", "8"], "no GPU is here: expected --gpu_memory"),
         ([*A100, "--data_dir", "nowhere"], "--data_dir nowhere: no such folder"),
-        ([*A100, "--deepspeed", "nowhere.json"], "--deepspeed nowhere.json: expected a file"),
+        (
+            [*A100, "--deepspeed", "zero4"],
+            "--deepspeed zero4: expected zero2, zero2_offload, zero3, zero3_offload, a file",
+        ),
+        ([*A100, "--use_qlora", "--deepspeed", "zero3"], "--use_qlora with --deepspeed zero3: expected ZeRO-2 or none"),
         ([*A100, "--lora_rank", "0"], "--lora_rank 0"),
     ],
     ids=" ".join,

@@ -167,6 +167,14 @@ def test_rows_are_a_list_or_a_dataset(found, named):
     assert "to answer" in refusal(found, split="eval")
 
 
+def test_a_streamed_data_set_is_refused_with_what_to_do_instead():
+    datasets = pytest.importorskip("datasets")
+    streamed = datasets.Dataset.from_list([dict(row) for row in rows(2)]).to_iterable_dataset()
+    assert refusal(streamed).endswith(
+        "found IterableDataset; load_dataset without streaming=True keeps the rows on the disk"
+    )
+
+
 def test_no_rows_to_train_on_are_refused_and_none_to_answer_are_taken():
     assert refusal([]) == "load_splits: expected at least one row to train on, found none"
     assert len(build([], split="eval")) == 0

@@ -57,11 +57,11 @@ def to_conversation(row) -> Conversation:
     return Conversation(row["id"], [Turn(row["question"], [row["answer"]], [row["image"]])])
 
 
-def start(data: Path, function=to_conversation, processor=PROCESSOR, **changes):
+def start(data: Path, function=to_conversation, processor=PROCESSOR, split="train", **changes):
     values = {"on_bad_row": "stop", "max_bad_rows": None, "eval_size": None, "data_dir": str(data), "do_train": True}
     values |= {"max_length": None, "seed": 0, "eval_split": None, "check": "all", **changes}
     args = SimpleNamespace(**values)
-    return build_dataset(load_folder(args, ["test"])[0], function, processor, args, "train")
+    return build_dataset(load_folder(args, ["test"])[split == "eval"], function, processor, args, split)
 
 
 @pytest.fixture
@@ -117,6 +117,20 @@ def test_all_ranks_find_what_all_of_them_have_counted(monkeypatch, data, opened,
         for built in recipe.on_ranks(monkeypatch, MODULE, ranks, lambda _: start(data)):
             assert built.lengths == expected
         assert sorted(opened) == ([] if turn else [f"{number}.png" for number in range(ROWS)])
+
+
+def test_a_picture_of_many_rows_is_opened_once_by_each_process_for_each_split(monkeypatch, data, opened):
+    for number in range(ROWS):
+        edit(data, number, image="0.png")
+    shutil.copy(data / "train.jsonl", data / "test.jsonl")
+
+    def both(_):
+        return [start(data, split=split).lengths for split in ("train", "eval")]
+
+    assert recipe.on_ranks(monkeypatch, MODULE, 2, both) == [[lengths_of(data)] * 2] * 2
+    assert opened == ["0.png"] * 4
+    recipe.on_ranks(monkeypatch, MODULE, 2, both)
+    assert opened == ["0.png"] * 4
 
 
 CHANGES = {

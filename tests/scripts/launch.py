@@ -12,12 +12,14 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 from recipe import LAUNCHER
 
 from benchmarks.record import provenance, write
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT = 600  # seconds
+ENDING = 30  # seconds that a process has to end by itself after SIGTERM
 
 
 @dataclass
@@ -85,15 +87,28 @@ def finish(
                 meanwhile(process)
             stdout, stderr = process.communicate(timeout=TIMEOUT)
         except BaseException:
-            # torchrun ends its workers, which have sessions of their own; what is left then is ended with the group.
-            process.terminate()
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(30)
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            _end(process)
             raise
     return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
+
+
+def _end(process: subprocess.Popen) -> None:
+    """Ends a process and all that it has started, of which none must outlive it and keep the machine busy."""
+    # Noted first: torchrun's workers have sessions of their own, and without torchrun nobody's children are they any more.
+    with suppress(psutil.NoSuchProcess):
+        started = psutil.Process(process.pid).children(recursive=True)
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(ENDING)
+        for each in started:
+            with suppress(psutil.NoSuchProcess):
+                each.kill()
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    for pipe in (process.stdout, process.stderr):
+        if pipe:
+            pipe.close()
 
 
 def call(command: list[str], output: Path, **options) -> Run:
@@ -158,8 +173,14 @@ def several(
 
 
 def record_bad_inputs(path: Path, runs: dict[str, Run], folder: str) -> None:
-    """Adds the line that each bad input got to a result file; `folder` becomes DIR in it."""
+    """Adds the line that each bad input got to a result file; `folder` becomes DIR in it, also where it is cut short."""
     said = json.loads(path.read_text())["bad_inputs"] if path.exists() else {}
     for name, run in runs.items():
-        said[name] = {"status": run.status, "line": (run.errors or [""])[0].replace(folder, "DIR")}
+        said[name] = {"status": run.status, "line": _without(folder, (run.errors or [""])[0])}
     write(path, provenance("torch", "transformers") | {"bad_inputs": said})
+
+
+def _without(folder: str, line: str) -> str:
+    """The line without the name of a temporary folder; a path inside a list is shortened in its middle, `/tmp/pyt.../0.png`."""
+    line = line.replace(folder, "DIR")
+    return re.sub(r"(/[^\s'\"]+?)\.\.\.", lambda found: "DIR..." if folder.startswith(found[1]) else found[0], line)

@@ -68,16 +68,18 @@ def flags(base, data) -> list[str]:
 
 @pytest.fixture(scope="session")
 def trained(folder, flags):
-    """`trained("full")`: the run of a strategy on two processes, made when it is first asked for."""
-    runs = {}
+    """`trained("full")`: the run of a strategy on two processes; full by torchrun, the others at the cost of one import."""
+    others = {strategy: [*flags, *more] for strategy, more in STRATEGIES.items() if strategy != "full"}
+    runs = {"full": torchrun(folder / "full", *flags), **several(others, folder, ranks=2)}
+    for run in runs.values():
+        assert run.status == 0, run.stdout + run.stderr
+    return runs.__getitem__
 
-    def run(strategy: str) -> Run:
-        if strategy not in runs:
-            runs[strategy] = torchrun(folder / strategy, *flags, *STRATEGIES[strategy])
-            assert runs[strategy].status == 0, runs[strategy].stderr
-        return runs[strategy]
 
-    return run
+def on_their_folders(calls: dict[str, list[str]], folder: Path) -> dict[str, Run]:
+    """Runs on two processes, each with the --output_dir that its call ends with; what they said is kept in `folder`."""
+    folder.mkdir()
+    return {name: replace(run, output=Path(calls[name][-1])) for name, run in several(calls, folder, ranks=2).items()}
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
@@ -214,15 +216,23 @@ def test_all_strategies_begin_with_the_same_model(trained):
 # ---- resuming
 
 
+@pytest.fixture(scope="session")
+def resumed_runs(trained, folder, flags) -> dict[str, Run]:
+    """Each strategy, begun in a folder as a run has left it that stopped after step 3, in the middle of an epoch."""
+    calls = {}
+    for strategy, more in STRATEGIES.items():
+        output = folder / f"{strategy}-resumed"
+        shutil.copytree(trained(strategy).output / "checkpoint-2", output / "checkpoint-2")
+        for name in ("eval_before.json", "predictions.jsonl", "run.json", "run_rows.parquet"):
+            shutil.copy(trained(strategy).output / name, output / name)
+        calls[strategy] = [*flags, *more, "--output_dir", str(output)]
+    return on_their_folders(calls, folder / "resumed")
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_stopped_run_goes_on_as_if_it_had_not_been(trained, folder, flags, strategy):
-    # As a run that stopped after step 3, in the middle of an epoch, has left its folder.
-    whole = trained(strategy)
-    output = folder / f"{strategy}-resumed"
-    shutil.copytree(whole.output / "checkpoint-2", output / "checkpoint-2")
-    for name in ("eval_before.json", "predictions.jsonl", "run.json", "run_rows.parquet"):
-        shutil.copy(whole.output / name, output / name)
-    resumed = torchrun(output, *flags, *STRATEGIES[strategy])
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(trained, resumed_runs, strategy):
+    whole, resumed = trained(strategy), resumed_runs[strategy]
+    output = resumed.output
     assert f"going on from {output / 'checkpoint-2'}" in resumed.stdout
     assert resumed.status == 0, resumed.stderr
     assert resumed.losses == whole.losses
@@ -244,34 +254,39 @@ def wait_for(path: Path, process) -> None:
     assert path.exists()
 
 
-def test_a_run_that_is_told_to_stop_loses_nothing(trained, folder, flags):
-    whole, output = trained("full"), folder / "told-to-stop"
+@pytest.fixture(scope="session")
+def stopped(folder, flags) -> dict[str, tuple[Run, Run]]:
+    """Runs that were stopped by SIGTERM, to torchrun or to one rank, and the same commands started again."""
+    first = {}
+    for name in ("torchrun", "one rank"):
+        output = folder / f"{name.replace(' ', '-')}-told"
 
-    def stop(process):
-        wait_for(output / "checkpoint-2" / "manifest.json", process)
-        process.send_signal(signal.SIGTERM)
+        def stop(process, output=output, name=name):
+            wait_for(output / "checkpoint-2" / "manifest.json", process)
+            told = process if name == "torchrun" else psutil.Process(process.pid).children()[1]
+            told.send_signal(signal.SIGTERM)
 
-    stopped = torchrun(output, *flags, meanwhile=stop)
-    assert stopped.status != 0
-    assert stopped.stderr.count("stopped by SIGTERM") == 1
-    again = torchrun(output, *flags)
+        first[name] = torchrun(output, *flags, meanwhile=stop)
+    calls = {name: [*flags, "--output_dir", str(run.output)] for name, run in first.items()}
+    again = on_their_folders(calls, folder / "told")
+    return {name: (run, again[name]) for name, run in first.items()}
+
+
+def test_a_run_that_is_told_to_stop_loses_nothing(trained, stopped):
+    whole, (first, again) = trained("full"), stopped["torchrun"]
+    output = again.output
+    assert first.status != 0
+    assert first.stderr.count("stopped by SIGTERM") == 1
     # a machine that is fast enough is at its last steps, or answering, by then
     assert int(re.search(rf"going on from {output}/checkpoint-(\d)", again.stdout)[1]) > 2
     assert again.losses == whole.losses
     assert all(torch.equal(tensor, weights(output)[name]) for name, tensor in weights(whole.output).items())
 
 
-def test_a_signal_to_one_rank_stops_all_of_them(trained, folder, flags):
-    whole, output = trained("full"), folder / "one-rank-told"
-
-    def stop(process):
-        wait_for(output / "checkpoint-2" / "manifest.json", process)
-        psutil.Process(process.pid).children()[1].send_signal(signal.SIGTERM)
-
-    stopped = torchrun(output, *flags, meanwhile=stop)
-    assert stopped.status != 0
-    assert stopped.stderr.count("stopped by SIGTERM: checkpoint-") >= 1
-    again = torchrun(output, *flags)
+def test_a_signal_to_one_rank_stops_all_of_them(trained, stopped):
+    whole, (first, again) = trained("full"), stopped["one rank"]
+    assert first.status != 0
+    assert first.stderr.count("stopped by SIGTERM: checkpoint-") >= 1
     assert again.status == 0, again.stderr
     assert again.losses == whole.losses
 
@@ -290,12 +305,12 @@ def test_a_rank_that_dies_is_replaced(trained, folder, flags):
     assert all(torch.equal(tensor, weights(output)[name]) for name, tensor in weights(whole.output).items())
 
 
-def test_a_finished_run_says_so(trained, flags):
+def test_a_finished_run_says_so(trained, folder, flags):
     run = trained("full")
     # the page and the card are made again, in case that the run died while they were written; run.json notes each start
     made_again = ("report.html", "curves.png", "confusion.png", "README.md", "run.json", ".lock")
     before = {path: path.stat().st_mtime_ns for path in run.output.rglob("*") if path.name not in made_again}
-    again = torchrun(run.output, *flags)
+    again = on_their_folders({"full": [*flags, "--output_dir", str(run.output)]}, folder / "finished")["full"]
     assert again.status == 0, again.stderr
     assert "this run is finished" in again.stdout
     assert {path: path.stat().st_mtime_ns for path in before} == before

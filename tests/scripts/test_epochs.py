@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,12 @@ def train(folder: Path, processes: int, rows, batches, *flags: str) -> dict[tupl
     return {(result["rows"], result["batch"]): result for result in results}
 
 
+@pytest.fixture(scope="module")
+def on_one_process(folder):
+    """`on_one_process("DDP")`: an epoch of 1 and one of 17 rows."""
+    return cache(lambda engine: train(folder, 1, [1, 17], [16], *ENGINES[engine]))
+
+
 def check(found: dict, alone: dict) -> None:
     for (rows, batch), result in found.items():
         print(
@@ -47,15 +54,15 @@ def check(found: dict, alone: dict) -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_an_epoch_is_the_same_on_one_and_on_three_processes(folder, engine):
+def test_an_epoch_is_the_same_on_one_and_on_three_processes(folder, on_one_process, engine):
     # 17 rows: the last step has one sample, two of three ranks have none; 16 does not divide by 3.
-    alone = train(folder, 1, [1, 17], [16], *ENGINES[engine])
+    alone = on_one_process(engine)
     check(alone, alone)
     check(train(folder, 3, [1, 17], [16], *ENGINES[engine]), alone)
 
 
-def test_engines_and_micro_batches_agree(folder):
-    alone = train(folder, 1, [17], [16], *ENGINES["DDP"])
+def test_engines_and_micro_batches_agree(folder, on_one_process):
+    alone = on_one_process("DDP")
     check(train(folder, 2, [17], [16], "--batch_size_per_gpu", "3"), alone)
     check(train(folder, 2, [17], [16], "--batch_size_per_gpu", "3", "--padding_free"), alone)
 

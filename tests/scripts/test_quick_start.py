@@ -34,28 +34,37 @@ def torchrun(hub, folder, processes: int, script: str, *flags: str) -> subproces
     )
 
 
-def test_two_published_commands_in_a_row_keep_both_results(hub, tmp_path):
-    # What is added keeps 500 answers of a tiny model from taking minutes; neither names a folder.
-    few = ["--eval_size", "4", "--max_new_tokens", "4", "--num_crops", "2"]
+# What is added keeps 500 answers of a tiny model from taking minutes; neither command names a folder.
+FEW = ["--eval_size", "4", "--max_new_tokens", "4", "--num_crops", "2"]
+
+
+@pytest.fixture(scope="module")
+def published(hub, tmp_path_factory):
+    """The folder in which two published commands were given, and what they said."""
+    folder, said = tmp_path_factory.mktemp("published"), {}
     for processes, task in ((4, "docvqa"), (2, "nlvr2")):
-        done = torchrun(hub, tmp_path, processes, f"finetune_hf_trainer_{task}.py", *few)
+        done = torchrun(hub, folder, processes, f"finetune_hf_trainer_{task}.py", *FEW)
         assert done.returncode == 0, done.stdout + done.stderr
-        assert f"output           output/{task}\n" in done.stdout
+        said[task] = done.stdout
+    return folder, said
+
+
+def test_two_published_commands_in_a_row_keep_both_results(hub, published):
+    folder, said = published
     for task in ("docvqa", "nlvr2"):
-        assert (tmp_path / "output" / task / "model.safetensors").exists()
-        assert json.loads((tmp_path / "output" / task / "eval_after.json").read_text())["num_answers"] >= 3
-    again = torchrun(hub, tmp_path, 2, "finetune_hf_trainer_docvqa.py", *few)
+        assert f"output           output/{task}\n" in said[task]
+        assert (folder / "output" / task / "model.safetensors").exists()
+        assert json.loads((folder / "output" / task / "eval_after.json").read_text())["num_answers"] >= 3
+    again = torchrun(hub, folder, 2, "finetune_hf_trainer_docvqa.py", *FEW)
     assert again.returncode == 0, again.stderr
     assert "this run is finished" in again.stdout
 
 
-def test_another_script_in_the_same_folder_is_named_in_words(hub, tmp_path):
-    few = ["--eval_size", "0", "--num_crops", "2", "--output_dir", "shared"]
-    first = torchrun(hub, tmp_path, 2, "finetune_hf_trainer_docvqa.py", *few)
-    assert first.returncode == 0, first.stderr
-    second = torchrun(hub, tmp_path, 2, "finetune_hf_trainer_nlvr2.py", *few)
+def test_another_script_in_the_same_folder_is_named_in_words(hub, published):
+    folder, _ = published
+    second = torchrun(hub, folder, 2, "finetune_hf_trainer_nlvr2.py", *FEW, "--output_dir", "output/docvqa")
     (line,) = [line for line in second.stderr.splitlines() if line.startswith("error: ")]
-    assert "--output_dir shared holds a finished run of finetune_hf_trainer_docvqa.py of " in line
+    assert "--output_dir output/docvqa holds a finished run of finetune_hf_trainer_docvqa.py of " in line
     assert "more rows to train on" in line
     assert "SHA" not in line
 

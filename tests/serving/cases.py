@@ -86,7 +86,7 @@ def rows_of(name: str) -> list[dict]:
 
 def shared_conversations() -> dict[str, list[dict]]:
     """Receipts, memes, pairs and the frames of clips, asked as the recipes ask them."""
-    from convert_ucf101 import decode
+    from finetuning.data.frames import decode
 
     found = {}
     receipts = {row["image"]: row for row in rows_of("docvqa/rows.jsonl")}

@@ -21,13 +21,14 @@ from demo import build_model
 from finetuning.data.collator import DataCollatorForPhi3V
 from finetuning.data.conversation import Conversation, Turn
 from finetuning.data.encoding import encode_conversation
-from finetuning.training.lora import LANGUAGE_TARGETS, VISION_TARGETS
+from finetuning.training.parts import LORA_TARGETS
 from phi3v import Phi3VForCausalLM, Phi3VProcessor
 from phi3v.modeling_phi3_v import IGNORE_INDEX
 
 own_process = pytest.fixture(autouse=True)(recipe.own_process)
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "trl.md").read_text(encoding="utf-8")
+LANGUAGE_TARGETS, VISION_TARGETS = LORA_TARGETS["language"], LORA_TARGETS["vision"] + LORA_TARGETS["projector"]
 WITHOUT_HEAD = [name for name in LANGUAGE_TARGETS if name != "lm_head"]
 # An image each, two at once, one in a later turn, none. A blank before an answer, and several lines.
 CONVERSATIONS = [

@@ -9,7 +9,8 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel
 
 from finetuning.training.loading import load_model, load_processor
-from finetuning.training.lora import LANGUAGE_TARGETS, PEFT_0_12, VISION_TARGETS
+from finetuning.training.lora import PEFT_0_12
+from finetuning.training.parts import LORA_TARGETS
 from phi3v import Phi3VForCausalLM, Phi3VProcessor
 
 own_process = pytest.fixture(autouse=True)(recipe.own_process)
@@ -65,7 +66,8 @@ def test_the_adapter_is_read_by_peft_as_it_was(base, tmp_path):
 @pytest.mark.parametrize("flags", [[], ["--freeze_vision_model"]], ids=["all", "frozen vision"])
 def test_the_targets_are_all_layers_of_these_names_but_those_never_run(base, tmp_path, flags):
     model = adapter(base, tmp_path / "adapter", *flags)
-    names = LANGUAGE_TARGETS + ([] if flags else VISION_TARGETS)
+    parts = ["language"] if flags else ["language", "projector", "vision"]
+    names = [name for part in parts for name in LORA_TARGETS[part]]
     last = ".vision_model.encoder.layers.2."
     plain = Phi3VForCausalLM.from_pretrained(base)
     expected = {

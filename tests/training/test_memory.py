@@ -22,7 +22,15 @@ from finetuning.errors import RunError
 from finetuning.results import answering
 from finetuning.training import fitting
 from finetuning.training.fake_step import Batch, FakeModel, Live, whole
-from finetuning.training.fitting import Planner, Setting, advice, deepspeed_configs, least_recomputation, smaller
+from finetuning.training.fitting import (
+    Planner,
+    Setting,
+    advice,
+    deepspeed_configs,
+    larger,
+    least_recomputation,
+    smaller,
+)
 from finetuning.training.identity import write_run
 from finetuning.training.loading import load_model
 from finetuning.training.memory import GIB, Activations, Parameters, plan_memory, stored, usable_bytes
@@ -138,7 +146,7 @@ def planned(config: dict | None, parameters: Parameters, gpus: int = 1, optim: s
 
 
 def test_deepspeed_allocates_what_is_planned():
-    configs = [zero(2), zero(2, None), zero(2, overlap=False), zero(3)]
+    configs = [zero(1), zero(2), zero(2, None), zero(2, overlap=False), zero(3)]
     with socket.socket() as taken:
         taken.bind(("localhost", 0))
         port = str(taken.getsockname()[1])
@@ -206,6 +214,17 @@ def test_the_least_recomputation_that_fits_is_taken(planner):
     for name, peak in peaks.items():
         assert least_recomputation(planner, setting, peak + 1) == name
     assert least_recomputation(planner, setting, peaks["full"] - 1) == "full"
+
+
+def test_the_largest_micro_batch_that_fits_is_said(planner):
+    setting = Setting("full", "zero2", "full", 1)
+    free = planner.memory(Setting("full", "zero2", "full", 4)).peak
+    for batch_size, said in ((64, 4), (16, 2), (8, None), (24, None)):  # of 24 two a GPU would leave places empty
+        planner.args.batch_size = batch_size
+        assert larger(planner, setting, free).startswith(f"; --batch_size_per_gpu {said} fits too" if said else "")
+        assert bool(larger(planner, setting, free)) == bool(said)
+    planner.args.batch_size = 64
+    assert larger(planner, setting, planner.memory(setting).peak) == ""
 
 
 def test_smaller_settings_come_in_turn():

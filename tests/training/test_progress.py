@@ -17,6 +17,7 @@ from finetuning.training import progress
 from finetuning.training.flops import step_flops
 from finetuning.training.identity import write_run
 from finetuning.training.loading import load_model
+from finetuning.training.parts import STRATEGIES
 from finetuning.training.progress import Progress, answers_bar, log_line
 from finetuning.training.trainer import RecipeTrainer
 
@@ -179,9 +180,9 @@ def test_mfu_is_model_flops_over_the_rate_of_a_matrix_product(run):
     run.found._rate = 1e9
     run.step(2)
     sample = totals([1])
-    flops = step_flops(tiny.config(), sample["tokens"], sample["squares"], sample["crops"], sample["labels"], False, 4)[
-        "step"
-    ]
+    flops = step_flops(
+        tiny.config(), sample["tokens"], sample["squares"], sample["crops"], sample["labels"], STRATEGIES["lora"], 4
+    )["step"]
     assert run.figures()["mfu"] == pytest.approx(flops / 2 / 1e9, rel=1e-4)
 
 

@@ -3,6 +3,7 @@
 import errno
 import json
 import math
+import multiprocessing
 import os
 import re
 import shutil
@@ -13,7 +14,6 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
-import psutil
 import pytest
 import recipe
 import tiny
@@ -78,10 +78,16 @@ class Model(torch.nn.Module):
 class Samples(list):
     """Samples whose lengths are known, as those of a ConversationDataset that has been checked."""
 
+    mixture, sources = None, ()
+
     def __init__(self, rows):
         super().__init__(rows)
         self.lengths = [(7, 90, 15, 33, 8, 60, 12, 40, 21, 9, 75, 11)[number % 12] for number in range(len(rows))]
         self.epochs, self.read = [], []
+
+    @property
+    def epoch_size(self):
+        return len(self)
 
     def sample(self, _):
         return self
@@ -700,7 +706,8 @@ def signal_every_process(call: int):
 
     def event(calls):
         if calls == call:
-            workers = [process.pid for process in psutil.Process().children()]
+            # Not all children: other tests of this process may have left a helper of torch's or multiprocessing's.
+            workers = [process.pid for process in multiprocessing.active_children()]
             assert len(workers) == 2
             for _ in range(2):
                 subprocess.run(["kill", "-TERM", *map(str, workers), str(os.getpid())], check=True)
@@ -729,15 +736,16 @@ def test_a_worker_ends_with_its_loader_and_not_by_a_signal(signum):
     found = []
     for number in loader:
         found.append(number)
-        (worker,) = psutil.Process().children()
+        (worker,) = multiprocessing.active_children()
         subprocess.run(["kill", f"-{signum.value}", str(worker.pid)], check=True)
     assert found == list(range(10))
-    worker.wait(20)
+    worker.join(20)
+    assert not worker.is_alive()
 
 
 def test_the_workers_that_prepare_prompts_are_spared():
     def answer(batch, inputs):
-        (worker,) = psutil.Process().children()
+        (worker,) = multiprocessing.active_children()
         if batch == [1]:
             subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
         return inputs
