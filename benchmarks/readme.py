@@ -262,26 +262,22 @@ def startup() -> str:
 def doubts() -> str:
     """Swapped answers among the first rows of `finetuning.doubts`, with and without folds, beside a random order."""
     found = load("doubts")
-    receipts, demo, lora = (found[name] for name in ("receipts", "demo", "demo_lora"))
     lines = [
         "| swapped answers | judged by | in the first 5% | in the first 10% | seconds | GB a process |",
         "|---|---|---|---|---|---|",
     ]
-    names = {"without_folds": "the model that was trained on them", "with_folds": "`--folds 2`, training included"}
-    cases = {
-        f"demo, {demo['swapped']} of {demo['rows']:,}": (lambda name: demo[name]["found_in_worst"], [demo]),
-        f"demo with LoRA, {lora['swapped']} of {lora['rows']:,}": (lambda name: lora[name]["found_in_worst"], [lora]),
-        f"receipts, {receipts['runs'][0]['swapped']} of {receipts['runs'][0]['rows']}, mean of {len(receipts['runs'])} seeds": (
-            lambda name: receipts["mean_found_in_worst"][name],
-            receipts["runs"],
-        ),
-    }
-    for case, (worst, runs) in cases.items():
-        for name, words in names.items():
-            shares = " | ".join(f"{share:.0%}" for share in worst(name).values())
-            seconds = sum(run[name]["seconds"] for run in runs) / len(runs)
-            memory = max(run[name]["largest_process_mb"] for run in runs) / 1024
-            lines.append(f"| {case} | {words} | {shares} | {seconds:.0f} | {memory:.1f} |")
+    titles = {"demo": "demo", "demo_lora": "demo, with LoRA", "receipts": "receipts"}
+    judges = {"without_folds": "the model that was trained on them", "with_folds": "`--folds 2`, training included"}
+    for title, runs in ((title, found[name]) for name, title in titles.items() if name in found):
+        seeds = f", mean of {len(runs)} seeds" if len(runs) > 1 else ""
+        for judge, words in judges.items():
+            measured = [run[judge] for run in runs]
+            shares = [sum(each["found_in_worst"][worst] for each in measured) / len(runs) for worst in ("5%", "10%")]
+            seconds = sum(each["seconds"] for each in measured) / len(runs)
+            memory = max(each["largest_process_mb"] for each in measured) / 1024
+            cells = [f"{title}, {runs[0]['swapped']} of {runs[0]['rows']:,}{seeds}", words]
+            cells += [*(f"{share:.0%}" for share in shares), f"{seconds:.0f}", f"{memory:.1f}"]
+            lines.append(f"| {' | '.join(cells)} |")
     lines.append(f"| | a random order | {' | '.join(f'{share:.0%}' for share in found['random_order'].values())} | | |")
     return "\n".join((*lines, ""))
 
