@@ -57,9 +57,12 @@ def message_row(path: str, number: int) -> dict:
 
 def native(folder: Path) -> list[str]:
     """A converted folder, with a test file."""
-    paths = write_pictures(folder / "images", "")
+    paths = write_pictures(folder, "images")
     rows = [
-        {"id": f"p{n}", "conversations": [{"images": [path.lstrip("/")], "user": QUESTION, "assistant": answer(n)}]}
+        {
+            "id": f"p{n}",
+            "conversations": [{"images": [path.removeprefix("images/")], "user": QUESTION, "assistant": answer(n)}],
+        }
         for n, path in enumerate(paths)
     ]
     recipe.write_jsonl(folder / "pages_train.jsonl", rows[:18])
