@@ -148,7 +148,7 @@ def step_memory(folder: Path, flags: list[str]) -> dict[str, Any]:
     processor, model = load_processor(args), load_model(args).train()
     features = encode_conversation(sample("photo", 0), processor)
     batch = DataCollatorForPhi3V(processor.tokenizer.pad_token_id)([features])
-    del batch["ids"], batch["attention_mask"]
+    batch = {name: value for name, value in batch.items() if torch.is_tensor(value) and name != "attention_mask"}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.register_post_accumulate_grad_hook(lambda found: setattr(found, "grad", None))
@@ -210,6 +210,7 @@ def demo_run(folder: Path, name: str, flags: list[str]) -> dict[str, Any]:
 def main() -> None:
     """Measures what the command line says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", choices=CASES, metavar="CASE", help="some of the ways to train")
     parser.add_argument("--only", choices=("runs", "memory", "demo"), help="one of the three")
     parser.add_argument(
         "--folder", type=Path, help="where to work, and to keep what was built (default: a temporary one)"

@@ -252,6 +252,29 @@ def startup() -> str:
     return "\n".join((*lines, ""))
 
 
+def doubts() -> str:
+    """Swapped answers among the first rows of `finetuning.doubts`, with and without folds, beside a random order."""
+    found = load("doubts")
+    lines = [
+        "| swapped answers | judged by | in the first 5% | in the first 10% | seconds | GB a process |",
+        "|---|---|---|---|---|---|",
+    ]
+    titles = {"demo": "demo", "demo_lora": "demo, with LoRA", "receipts": "receipts"}
+    judges = {"without_folds": "the model that was trained on them", "with_folds": "`--folds 2`, training included"}
+    for title, runs in ((title, found[name]) for name, title in titles.items() if name in found):
+        seeds = f", mean of {len(runs)} seeds" if len(runs) > 1 else ""
+        for judge, words in judges.items():
+            measured = [run[judge] for run in runs]
+            shares = [sum(each["found_in_worst"][worst] for each in measured) / len(runs) for worst in ("5%", "10%")]
+            seconds = sum(each["seconds"] for each in measured) / len(runs)
+            memory = max(each["largest_process_mb"] for each in measured) / 1024
+            cells = [f"{title}, {runs[0]['swapped']} of {runs[0]['rows']:,}{seeds}", words]
+            cells += [*(f"{share:.0%}" for share in shares), f"{seconds:.0f}", f"{memory:.1f}"]
+            lines.append(f"| {' | '.join(cells)} |")
+    lines.append(f"| | a random order | {' | '.join(f'{share:.0%}' for share in found['random_order'].values())} | | |")
+    return "\n".join((*lines, ""))
+
+
 def hardware() -> str:
     """What the planner recommends for usual machines, as benchmarks/plan.py has recorded it."""
     lines = [
@@ -307,6 +330,7 @@ PARTS = {
     "levers": levers,
     "readers": readers,
     "startup": startup,
+    "doubts": doubts,
     "hardware": hardware,
     "plan": plan_accuracy,
     "trl": trl,

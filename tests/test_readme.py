@@ -15,7 +15,7 @@ from PIL import Image
 from benchmarks import readme
 from benchmarks.readme import BEGIN, END, PARTS, PUBLISHED, documents
 from demo import build_model
-from finetuning import ask, compare, merge, plan, score, validate
+from finetuning import ask, compare, doubts, merge, plan, score, validate
 from finetuning.arguments import GROUPS, RecipeArguments, _Parser
 
 ROOT = Path(__file__).parents[1]
@@ -73,6 +73,7 @@ def help_of(call: Callable, capsys) -> set[str]:
 def help_of_commands(capsys, monkeypatch) -> set[str]:
     monkeypatch.setattr(sys, "argv", ["score", "--help"])
     calls = [lambda module=module: module.parse_args(["--help"]) for module in (ask, merge, compare, validate, plan)]
+    calls.append(lambda: doubts.read_flags(["--help"]))
     return set().union(*(help_of(call, capsys) for call in (*calls, score.main)))
 
 

@@ -113,7 +113,10 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    found = Server(tmp_path_factory.mktemp("app"))
+    folder = tmp_path_factory.mktemp("app")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(folder)
+        found = Server(folder)
     yield found
     if found.process.poll() is None:
         found.process.kill()
@@ -180,6 +183,11 @@ def say(page) -> str:
     return page.locator("#line p").inner_text()
 
 
+def printed(text: str) -> str:
+    """An answer as a terminal gets it."""
+    return "\n".join(escape(line) for line in text.split("\n"))
+
+
 def asked(folder: Path, *words: str) -> str:
     """What finetuning.ask prints."""
     command = [sys.executable, "-m", "finetuning.ask", str(folder), *words, "--max_new_tokens", "12"]
@@ -195,9 +203,7 @@ def test_upload_and_ask_gives_what_the_command_ask_gives(open_page, server, pict
     ask(page, QUESTION)
     found = answers(page, 1)
     for column, folder in zip(found, (server.run, server.hostile), strict=True):
-        assert "".join(escape(line) for line in column[0].split("\n")) == asked(
-            folder, "--image", str(picture), QUESTION
-        )
+        assert printed(column[0]) == asked(folder, "--image", str(picture), QUESTION)
     assert found[0] != found[1]
     page.wait_for_function(
         "document.querySelectorAll('.asked img').length === 2 && [...document.querySelectorAll('.asked img')].every((i) => i.naturalWidth)"
@@ -258,7 +264,7 @@ def test_a_wrong_row_is_asked_again_by_a_click_and_by_keys(open_page, server):
         if say_id(rows.nth(number), row)
     )
     picture = server.run.parent / "data" / row["image"]
-    assert escape(found[0][0]) == asked(server.run, "--image", str(picture), question)
+    assert printed(found[0][0]) == asked(server.run, "--image", str(picture), question)
 
 
 def say_id(button, row: dict) -> bool:
@@ -313,7 +319,7 @@ def test_bad_files_get_one_line_each_and_the_next_question_is_answered(open_page
         line = say(page)
         assert line.startswith(f"{name}: "), line
         assert says in line
-        assert "/" not in line.replace("30000 x 30000", "")
+        assert "/" not in line
         page.locator("#new").click()
         playwright.expect(page.locator("#line p")).to_have_count(0)
     assert page.locator(".asked").count() == 0
@@ -323,9 +329,9 @@ def test_bad_files_get_one_line_each_and_the_next_question_is_answered(open_page
         page.locator("#box input[type=file]").set_input_files(str(tmp_path / name))
         page.wait_for_timeout(1500)
         assert page.locator("#box .thumbnail-item, #box .thumbnail-small").count() == 0, name
-    ask(page, "")
-    assert "question: expected text" in say(page) or page.locator(".asked").count() == 0
     put(page, picture)
+    ask(page, "")
+    assert say(page).startswith("question: expected text")
     ask(page, QUESTION)
     assert all(column for column in answers(page, 1))
     assert page.evaluate("window.hurt") is None
