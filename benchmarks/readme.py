@@ -310,6 +310,25 @@ def table(found: list[tuple[str, str, str]]) -> str:
 
 
 # Each part that is made stands below a line with its name, in README or in a file of docs/.
+def trl() -> str:
+    """Preferences and rewards: figures over pages held back, and the mean of the first and of the last ten steps of training."""
+    found, lines = (
+        load("trl"),
+        [
+            "| script | figure | held back, before | after | first steps of training | last |",
+            "|---|---|---|---|---|---|",
+        ],
+    )
+    for name, figures in (("dpo", ("rewards/margins", "rewards/accuracies")), ("grpo", ("reward",))):
+        run = found[name]
+        for figure in figures:
+            held_out = [run["held_out"][stage][figure] for stage in ("before", "after")]
+            ends = [sum(part) / len(part) for part in (run[figure][:2], run[figure][-2:])]
+            values = " | ".join(f"{value:.2f}" for value in (*held_out, *ends))
+            lines.append(f"| {run['script']} | {figure} | {values} |")
+    return "\n".join(lines) + "\n"
+
+
 PARTS = {
     "first": first,
     "flags": flags,
@@ -321,6 +340,7 @@ PARTS = {
     "doubts": doubts,
     "hardware": hardware,
     "plan": plan_accuracy,
+    "trl": trl,
 }
 BEGIN = "<!-- {} made by `python -m benchmarks.readme` -->\n"
 
