@@ -72,10 +72,10 @@ def read_sources(args: "OwnDataArguments") -> list[OwnSource]:
     found = [next((name for name in names if name in source.splits), None) for source in sources]
     # Where a source is a test file, the others are to be trained.
     draws = not any(name and TRAIN not in source.splits for name, source in zip(found, sources, strict=True))
-    for name, source in zip(found, sources, strict=True):
+    for split, source in zip(found, sources, strict=True):
         source.train = source.splits.get(TRAIN, source.train)
-        if name:
-            source.evaluation = source.splits[name]
+        if split:
+            source.evaluation = source.splits[split]
         elif args.eval_split and draws:
             there = ", ".join(printable(split, 40) for split in source.splits)
             raise InputError(
@@ -85,8 +85,8 @@ def read_sources(args: "OwnDataArguments") -> list[OwnSource]:
             _draw(source, args)
         if args.dataset:
             hub, _, config = args.dataset.partition(":")
-            used = [TRAIN, *([name] if name else [])]
-            args.hub_data = [{"name": hub, "config": config or None, "split": split} for split in used]
+            used = [TRAIN, *([split] if split else [])]
+            args.hub_data = [{"name": hub, "config": config or None, "split": name} for name in used]
     if args.do_train and not any(len(source.train) for source in sources):
         there = ", ".join(printable(split, 40) for source in sources for split in source.splits)
         raise InputError(

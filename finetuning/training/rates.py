@@ -56,7 +56,8 @@ def group_by_rate(groups: Sequence[dict[str, Any]], model, args: RecipeArguments
         model: whose parameters they hold.
         args (RecipeArguments): the rates.
     """
-    if not has_rates(args):
+    # With DeepSpeed the Trainer makes its optimizer, once made, another time.
+    if not has_rates(args) or any("rate_of" in group for group in groups):
         return list(groups)
     part_of = {id(parameter): FLAG_OF[part_below(name)] for name, parameter in model.named_parameters()}
     divided = []
@@ -70,7 +71,14 @@ def group_by_rate(groups: Sequence[dict[str, Any]], model, args: RecipeArguments
     return divided
 
 
-def rates_of(optimizer) -> dict[str, float]:
-    """learning_rate/PART -> rate of each part now, where they have rates of their own."""
-    groups = [] if optimizer is None else optimizer.param_groups
-    return {f"learning_rate/{group['rate_of']}": group["lr"] for group in groups if "rate_of" in group}
+def rates_of(optimizer, learning_rate: float) -> dict[str, float]:
+    """learning_rate/PART -> the rate that the step was taken with, where parts have rates of their own.
+
+    Args:
+        optimizer: whose groups stand at the next step's rates by now.
+        learning_rate (float): what the Trainer logs: the first group's rate in the step. One schedule holds for all groups.
+    """
+    groups = [group for group in optimizer.param_groups if "rate_of" in group]
+    peak = groups[0]["initial_lr"] if groups else 0
+    share = learning_rate / peak if peak else 0
+    return {f"learning_rate/{group['rate_of']}": share * group["initial_lr"] for group in groups}

@@ -139,7 +139,8 @@ class RecipeTrainer(Trainer):
         if not self.args.do_train:
             return nothing
         self._pending.checkpoint = resume_from_checkpoint
-        self._source_losses = SourceLosses(list(self.train_dataset.sources))
+        rows: Any = self.train_dataset
+        self._source_losses = SourceLosses(list(rows.sources))
         try:
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         except torch.OutOfMemoryError as error:
@@ -188,7 +189,8 @@ class RecipeTrainer(Trainer):
         if "loss" in logs:
             logs["loss"] = self._pending.pop_mean(self.state)
             logs |= self._progress.pop_figures(self.args, self.state) | self._source_losses.pop()
-            logs |= rates_of(self.optimizer)
+            if "learning_rate" in logs:
+                logs |= rates_of(self.optimizer, logs["learning_rate"])
         super().log(logs, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

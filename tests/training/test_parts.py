@@ -364,7 +364,10 @@ def trainer_of(args, model) -> RecipeTrainer:
 
 
 def groups_of(args, model) -> list[dict]:
-    return trainer_of(args, model).create_optimizer().param_groups
+    trainer = trainer_of(args, model)
+    trainer.create_optimizer()
+    # as with DeepSpeed, a second time
+    return trainer.create_optimizer().param_groups
 
 
 @pytest.mark.parametrize("name", ["vision and projector full, language LoRA", "language frozen"])
