@@ -137,6 +137,7 @@ def test_levers_are_related_to_their_base_and_the_base_to_itself(folder, tmp_pat
     monkeypatch.setattr(levers, "GROUPS", bases)
     monkeypatch.setattr(levers, "run_case", run_case)
     monkeypatch.setattr(levers, "count", lambda _: {"gb": 7})
+    monkeypatch.setattr(levers, "layers_gb", dict)
     for flags in ([], ["--counts"]):  # which keeps the times
         result = call(levers, tmp_path / "a.json", "--weights", str(folder), *flags)["levers"]
         assert [entry["lever"] for entry in result if entry["lever"] == entry["base"]] == [g.base.what for g in bases]
