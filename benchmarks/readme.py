@@ -269,7 +269,7 @@ def doubts() -> str:
             seconds = sum(each["seconds"] for each in measured) / len(runs)
             memory = max(each["largest_process_mb"] for each in measured) / 1024
             cells = [f"{title}, {runs[0]['swapped']} of {runs[0]['rows']:,}{seeds}", words]
-            cells += [*(f"{share:.0%}" for share in shares), f"{seconds:.0f}", f"{memory:.1f}"]
+            cells += [*(f"{share:.1%}" for share in shares), f"{seconds:.0f}", f"{memory:.1f}"]
             lines.append(f"| {' | '.join(cells)} |")
     lines.append(f"| | a random order | {' | '.join(f'{share:.0%}' for share in found['random_order'].values())} | | |")
     return "\n".join((*lines, ""))
