@@ -13,7 +13,7 @@ from peft import PeftModel
 from finetuning.results.chat import Chat
 from finetuning.training.loading import open_model, read_processor
 from finetuning.training.saved import find_saved
-from finetuning.training.several import Loading, open_several
+from finetuning.training.several import OWN_COPY, Loading, _name_adapter, open_several
 
 own_process = pytest.fixture(autouse=True)(recipe.own_process)
 CPU = torch.device("cpu")
@@ -68,14 +68,12 @@ def test_an_adapter_that_changes_the_base_itself_shares_none(folders, tmp_path, 
     assert [item.copy for item in opened] == [0, 1, 0]
 
 
-def test_an_adapter_with_parts_that_were_trained_in_full_shares_none(folders, tmp_path):
-    full = saved.adapter_folder(folders[0], tmp_path / "full", "--projector", "full", "--vision", "frozen", scale=0.2)
-    found = find_saved(str(full))
-    alone = answer(open_model(found, torch.float32, False, CPU), read_processor(found), torch.float32)
-    opened = open_several([loading(folder) for folder in (folders[0], full, folders[2])], CPU)
-    assert [item.copy for item in opened] == [0, 1, 0]
-    with opened[1].ready() as model:
-        assert answer(model, opened[1].processor, torch.float32) == alone
+def test_an_adapter_with_parts_that_were_trained_in_full_is_known_to_share_none(folders):
+    path = folders[1] / "adapter_config.json"
+    assert _name_adapter(3, find_saved(str(folders[1]))) == "adapter_3"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "modules_to_save": ["lm_head"]}))
+    assert _name_adapter(3, find_saved(str(folders[1]))) == OWN_COPY
+    assert _name_adapter(3, find_saved(str(folders[0]))) is None
 
 
 def test_another_dtype_is_another_copy(folders):
