@@ -229,7 +229,7 @@ BAD_INPUTS = [
     # columns
     BadInput("jsonl: no answer", _jsonl(question_row, drop("answer")), "train.jsonl:3: sample train-3: answer: expected this field, found image, question, id; --columns question=NAME"),
     BadInput("jsonl: an answer a number", _jsonl(question_row, put("answer", 7)), "answer: expected text or a list with at least one text, found 7"),
-    BadInput("jsonl: a form that is not known", _jsonl(question_row, lambda _: {"prompt": "q", "reply": "a"}), 'train.jsonl:3: sample train-3: expected the field "conversations" (native, LLaVA, ShareGPT), "messages"'),
+    BadInput("jsonl: a form that is not known", _jsonl(question_row, lambda _: {"prompt": "q", "reply": "a"}), 'expected the field "conversations" (native, LLaVA, ShareGPT), "messages"'),
     BadInput("csv: too few columns in a line", _table(HEAD + "scans/1.png,q\n"), "pages.csv:3: expected 3 columns, found 2"),
     BadInput("csv: a comma in a text without quotes", _table(HEAD + "scans/1.png,q, and more,a\n"), "pages.csv:3: expected 3 columns, found 4; a text that holds ',' or a line break needs quotes around it"),
     BadInput("csv: a quote that is not closed", _table(HEAD + 'scans/1.png,"q,a\nscans/2.png,q,a\n'), "pages.csv:3: expected rows of a csv file, found: a quote that is not closed"),

@@ -65,9 +65,9 @@ def read_sources(args: "OwnDataArguments") -> list[OwnSource]:
         missing = [file.missing.get(field) for source in sources for file in source.files]
         if all(missing):
             raise InputError(str(missing[0]))
-    for source, name in zip(sources, args.source_names, strict=False):
+    for source, called in zip(sources, args.source_names, strict=False):
         for file in source.files:
-            file.source = name
+            file.source = called
     names = [args.eval_split] if args.eval_split else list(EVALUATION)
     found = [next((name for name in names if name in source.splits), None) for source in sources]
     # Where a source is a test file, the others are to be trained.

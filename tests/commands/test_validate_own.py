@@ -55,7 +55,7 @@ def test_a_bad_input_gets_the_line_of_training(bad, tmp_path, model, capsys):
     if bad.name == "no such path":
         expected = "none.csv: expected a folder or a file, found no such path"
     else:
-        expected = re.sub(r"^\S+(:\d+|, row \d+): ", "", bad.expected)
+        expected = re.sub(r"^\S+\.\w+(:\d+|, row \d+)?: ", "", bad.expected)
     flags = flags_of(bad.write(tmp_path / "data"))
     assert validate.main([*flags, "--model_name_or_path", model, "--all"]) == 2
     printed = capsys.readouterr()

@@ -165,7 +165,7 @@ def test_a_path_that_holds_a_colon_is_the_path(base, tmp_path):
     assert load_own_data(args)[0][0]["question"] == "docs:2"
     (tmp_path / "docs:2" / "train.jsonl").unlink()
     (tmp_path / "docs:2").rmdir()
-    with pytest.raises(InputError, match="docs:2"):
-        arguments(base, "--data_dir", f"{tmp_path}/docs:2")
+    args = arguments(base, "--data_dir", f"{tmp_path}/docs:2")
+    assert [(source.path, source.share) for source in args.sources] == [(f"{tmp_path}/docs", 2)]
     with pytest.raises(InputError, match="expected a share over 0 after the colon"):
         arguments(base, "--data_dir", f"{tmp_path}/docs:0")
