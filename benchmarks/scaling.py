@@ -148,6 +148,12 @@ def train(strategy: str, folder: Path, model: str, steps: int) -> None:
 class Pages(list):
     """Encoded pages of one length, as the data set of a `RecipeTrainer`."""
 
+    mixture, sources = None, ()
+
+    @property
+    def epoch_size(self) -> int:
+        return len(self)
+
     @property
     def lengths(self) -> list[int]:
         return [len(page["input_ids"]) for page in self]

@@ -55,9 +55,9 @@ def build_pairs(data: Path, folder: Path) -> Path:
         pair = {"prompt": question, "chosen": chosen, "rejected": rejected}
         if len(rows[row["split"]]) < PAIRS[row["split"]]:
             rows[row["split"]].append({"id": row["id"], "images": [row["image"]], **pair})
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "images").exists():
-        (folder / "images").symlink_to(data / "images")
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    for pair in (pair for pairs in rows.values() for pair in pairs):
+        shutil.copy(data / pair["images"][0], folder / "images")
     for split, pairs in rows.items():
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
     return folder
@@ -92,7 +92,7 @@ def measure(folder: Path) -> dict:
         call(["finetune_hf_trainer_docvqa.py", *paths, *flags], folder / "half.log")
     anls = json.loads((folder / "half" / "eval_after.json").read_text())["anls"]
     result = {**provenance("torch", "transformers", "trl", "peft"), "start": {"anls": round(anls, 4)}}
-    data = {"dpo": build_pairs((folder / "data").resolve(), folder / "pairs"), "grpo": folder / "data"}
+    data = {"dpo": build_pairs(folder / "data", folder / "pairs"), "grpo": folder / "data"}
     for name, (script, *flags) in RUNS.items():
         output = folder / name
         shutil.rmtree(output, ignore_errors=True)

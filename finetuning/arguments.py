@@ -821,6 +821,20 @@ def default_output_dir(script: str) -> str:
     return os.path.join("output", Path(script).stem.removeprefix(SCRIPT_PREFIX) or "run")
 
 
+def read_flags(argv: list[str], kind: Any = RecipeArguments) -> Any:
+    """The arguments of a command line, such as a run's own in run.json, as far as they say where its rows are.
+
+    Nothing else is checked, and the process is not prepared.
+
+    Raises:
+        InputError: for an unknown flag, or data that are not there.
+    """
+    args = object.__new__(kind)
+    vars(args).update(vars(_Parser(kind, allow_abbrev=False).parse_flags(argv)))
+    args._check_data()
+    return args
+
+
 def parse_args(argv: list[str] | None = None, kind: Any = RecipeArguments, **defaults) -> RecipeArguments:
     """The arguments of a recipe, checked, and the process prepared for them, before anything expensive starts.
 

@@ -18,7 +18,7 @@ from .arguments import check_model_name
 from .command_line import CommandParser
 from .errors import run_script
 from .task_script import TASKS, load_script
-from .training.saved import find_saved
+from .training.saved import SavedModel, find_saved
 
 
 def script_flags(folder: str, given: list[str]) -> list[str]:
@@ -31,6 +31,12 @@ def script_flags(folder: str, given: list[str]) -> list[str]:
     check_model_name(folder, "FOLDER")
     saved = find_saved(folder, fetches=os.environ.get("LOCAL_RANK", "0") == "0")
     flags = ["--do_train", "False", "--model_name_or_path", folder, "--output_dir", default_output_dir(folder)]
+    return [*flags, *flags_as_trained(saved, given), *given]
+
+
+def flags_as_trained(saved: SavedModel, given: list[str]) -> list[str]:
+    """Flags for the crops, quantisation and precision that a model was trained with; no precision where `given` holds one."""
+    flags = []
     num_crops = saved.settings.get("num_crops") or saved.num_crops
     if num_crops:
         flags += ["--num_crops", str(num_crops)]
@@ -41,13 +47,13 @@ def script_flags(folder: str, given: list[str]) -> list[str]:
             flags += ["--bf16"]
         elif not saved.settings.get("fp16") and torch.cuda.is_available():
             flags += ["--fp16", "False"]
-    return [*flags, *given]
+    return flags
 
 
-def default_output_dir(folder: str) -> str:
-    """score-NAME beside a folder; under output/ for a model on the hub."""
+def default_output_dir(folder: str, command: str = "score") -> str:
+    """COMMAND-NAME beside a folder; under output/ for a model on the hub."""
     path = Path(os.path.normpath(folder))
-    return str((path.parent if path.is_dir() else Path("output")) / f"score-{path.name}")
+    return str((path.parent if path.is_dir() else Path("output")) / f"{command}-{path.name}")
 
 
 def main() -> None:

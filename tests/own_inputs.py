@@ -57,9 +57,12 @@ def message_row(path: str, number: int) -> dict:
 
 def native(folder: Path) -> list[str]:
     """A converted folder, with a test file."""
-    paths = write_pictures(folder / "images", "")
+    paths = write_pictures(folder, "images")
     rows = [
-        {"id": f"p{n}", "conversations": [{"images": [path.lstrip("/")], "user": QUESTION, "assistant": answer(n)}]}
+        {
+            "id": f"p{n}",
+            "conversations": [{"images": [path.removeprefix("images/")], "user": QUESTION, "assistant": answer(n)}],
+        }
         for n, path in enumerate(paths)
     ]
     recipe.write_jsonl(folder / "pages_train.jsonl", rows[:18])
@@ -220,13 +223,13 @@ BAD_INPUTS = [
     # messages
     BadInput("messages: a part without a picture", _jsonl(message_row, put("images", [])), "messages[0]: expected a path, file:// or data: in the part of type image, found none"),
     BadInput("messages: a picture without a part", _jsonl(message_row, lambda row: row["images"].append("scans/1.png")), "expected 2 placeholder(s) <image> for 2 image(s), found 1"),
-    BadInput("messages: a part of sound", _jsonl(message_row, lambda row: row["messages"][0]["content"].append({"type": "audio"})), "content[2].type: expected 'text', 'image_url' or 'image', found 'audio'"),
+    BadInput("messages: a part of sound", _jsonl(message_row, lambda row: row["messages"][0]["content"].append({"type": "audio"})), "content[2].type: expected 'text', 'image_url', 'image' or 'video', found 'audio'"),
     BadInput("messages: a broken data URI", _jsonl(message_row, lambda row: row["messages"][0]["content"][0].update(image="data:image/png;base64,?")), "messages[0]: content[0].image: expected data:image/TYPE;base64,..., found 'data:image/png;base64,?'"),
     BadInput("messages: a tool's answer", _jsonl(message_row, lambda row: row["messages"].append({"role": "tool", "content": "x"})), "messages[2].role: expected 'system', 'human', 'user', 'gpt' or 'assistant', found 'tool'"),
     # columns
     BadInput("jsonl: no answer", _jsonl(question_row, drop("answer")), "train.jsonl:3: sample train-3: answer: expected this field, found image, question, id; --columns question=NAME"),
     BadInput("jsonl: an answer a number", _jsonl(question_row, put("answer", 7)), "answer: expected text or a list with at least one text, found 7"),
-    BadInput("jsonl: a form that is not known", _jsonl(question_row, lambda _: {"prompt": "q", "reply": "a"}), 'train.jsonl:3: sample train-3: expected the field "conversations" (native, LLaVA, ShareGPT), "messages"'),
+    BadInput("jsonl: a form that is not known", _jsonl(question_row, lambda _: {"prompt": "q", "reply": "a"}), 'expected the field "conversations" (native, LLaVA, ShareGPT), "messages"'),
     BadInput("csv: too few columns in a line", _table(HEAD + "scans/1.png,q\n"), "pages.csv:3: expected 3 columns, found 2"),
     BadInput("csv: a comma in a text without quotes", _table(HEAD + "scans/1.png,q, and more,a\n"), "pages.csv:3: expected 3 columns, found 4; a text that holds ',' or a line break needs quotes around it"),
     BadInput("csv: a quote that is not closed", _table(HEAD + 'scans/1.png,"q,a\nscans/2.png,q,a\n'), "pages.csv:3: expected rows of a csv file, found: a quote that is not closed"),

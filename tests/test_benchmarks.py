@@ -137,6 +137,7 @@ def test_levers_are_related_to_their_base_and_the_base_to_itself(folder, tmp_pat
     monkeypatch.setattr(levers, "GROUPS", bases)
     monkeypatch.setattr(levers, "run_case", run_case)
     monkeypatch.setattr(levers, "count", lambda _: {"gb": 7})
+    monkeypatch.setattr(levers, "layers_gb", dict)
     for flags in ([], ["--counts"]):  # which keeps the times
         result = call(levers, tmp_path / "a.json", "--weights", str(folder), *flags)["levers"]
         assert [entry["lever"] for entry in result if entry["lever"] == entry["base"]] == [g.base.what for g in bases]
@@ -163,7 +164,8 @@ def test_levers_are_counted_in_full_size():
 
 
 def test_the_gpu_run_outlives_its_cases_and_goes_on_where_it_was(tmp_path, monkeypatch):
-    counter, flag = tmp_path / "counter", tmp_path / "flag"
+    counter, flag, stale = tmp_path / "counter", tmp_path / "flag", tmp_path / "stale"
+    stale.mkdir()
     count = f"open({str(counter)!r}, 'a').write('x')"
     dies = f"import os, time; there = os.path.exists({str(flag)!r}); open({str(flag)!r}, 'w'); there or time.sleep(60)"
 
@@ -172,7 +174,7 @@ def test_the_gpu_run_outlives_its_cases_and_goes_on_where_it_was(tmp_path, monke
             gpu.Case("good", 60, ["-c", f"{count}; print('said')"], lambda: {"img_per_second": 2.0}),
             gpu.Case("fails", 60, ["-c", f"{count}; raise SystemExit(3)"], dict),
             gpu.Case("hangs", 2, ["-c", f"{count}; import time; time.sleep(60)"], dict),
-            gpu.Case("killed", 60, ["-c", dies], lambda: {"losses": [1.0]}, killed_at=flag),
+            gpu.Case("killed", 60, ["-c", dies], lambda: {"losses": [1.0]}, killed_at=flag, fresh=stale),
         ]
 
     monkeypatch.setattr(gpu, "find_cases", find_cases)
@@ -200,6 +202,7 @@ def test_the_gpu_run_outlives_its_cases_and_goes_on_where_it_was(tmp_path, monke
         }
         assert cases["good"]["said"] == ["said"]
         assert cases["killed"]["losses"] == [1.0]
+        assert not stale.exists()
     monkeypatch.setattr("sys.argv", ["benchmarks.gpu", *flags, "--minutes", "0"])
     gpu.main()
     assert len(counter.read_text()) == 5

@@ -15,8 +15,9 @@ from PIL import Image
 from benchmarks import readme
 from benchmarks.readme import BEGIN, END, PARTS, PUBLISHED, documents
 from demo import build_model
-from finetuning import ask, compare, merge, plan, score, validate
-from finetuning.arguments import GROUPS, RecipeArguments, _Parser
+from finetuning import app, ask, compare, doubts, merge, plan, score, validate
+from finetuning.arguments import GROUPS, _Parser
+from finetuning.own_data_arguments import OwnDataArguments
 
 ROOT = Path(__file__).parents[1]
 TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in documents()}
@@ -28,7 +29,7 @@ OTHER = {
     "--nproc_per_node", "--nnodes", "--master_addr", "--master_port", "--node_rank", "--standalone", "--shutdown-timeout",
     "--max_restarts", "--no-deps", "--help", "--parity-results", "--hypothesis-profile", "--ratios", "--ipc", "--shm-size",
     "--rdzv_backend", "--rdzv_endpoint", "--rdzv_conf", "--time", "--signal", "--nodes", "--file", "--filename", "--tag", "--build-arg",
-    "--out_dir", "--archive", "--video_dir", "--num_frames", "--minutes",
+    "--out_dir", "--archive", "--video_dir", "--minutes", "--device", "--model", "--mixed-rows",
 }  # fmt: skip
 # The commands of the published recipe, each as it is printed there.
 RECIPE = """\
@@ -71,13 +72,14 @@ def help_of(call: Callable, capsys) -> set[str]:
 
 
 def help_of_commands(capsys, monkeypatch) -> set[str]:
-    monkeypatch.setattr(sys, "argv", ["score", "--help"])
-    calls = [lambda module=module: module.parse_args(["--help"]) for module in (ask, merge, compare, validate, plan)]
-    return set().union(*(help_of(call, capsys) for call in (*calls, score.main)))
+    monkeypatch.setattr(sys, "argv", ["finetuning", "--help"])
+    calls = [lambda module=module: module.parse_args(["--help"]) for module in (ask, app, merge, compare, validate, plan)]
+    calls.append(lambda: doubts.read_flags(["--help"]))
+    return set().union(*(help_of(call, capsys) for call in (*calls, doubts.read_flags, score.main)))
 
 
 def recipe_flags() -> set[str]:
-    return {option for action in _Parser(RecipeArguments)._actions for option in action.option_strings}
+    return {option for action in _Parser(OwnDataArguments)._actions for option in action.option_strings}
 
 
 def anchors(text: str) -> set[str]:
@@ -156,7 +158,7 @@ def test_defaults_are_shown_as_they_are_typed():
 
 
 def test_every_file_of_the_repository_that_is_named_exists():
-    written_by_the_reader = {"my_task.py"}
+    written_by_the_reader = {"my_task.py", "my-val.json"}
     names = set()
     for text in TEXTS.values():
         names |= set(re.findall(r"(?:python |`)((?:ds_configs/)?\w+(?:-\w+)?\.(?:py|txt|json)\b)", text))

@@ -548,7 +548,7 @@ def test_nothing_is_left_of_a_conversion_that_fails(good, model, tmp_path_factor
         ({"id": 1, "conversations": [{"from": "human", "value": None}]}, "conversations[0].value: expected text, found null"),
         ({"id": 1, "messages": "hello"}, "messages: expected a list, found 'hello'"),
         ({"id": 1, "messages": []}, "sample 1: messages: expected a list with at least 1 item(s), found 0"),
-        ({"id": 1, "image": 3, "conversations": say("<image>", "a")}, "image: expected text, found 3"),
+        ({"id": 1, "image": 3, "conversations": say("<image>", "a")}, "image: expected a picture"),
         ({"id": 1, "image": "https://x.org/a.png", "conversations": say("<image>", "a")}, "download what is on the web"),
         ({"id": 1, "image": "data:image/png;base64,%%", "conversations": say("<image>", "a")}, "expected data:image/TYPE;base64"),
         ({"id": 1, "image": "data:image/png;base64,AAAA", "conversations": say("<image>", "a")}, ".png: expected a JPEG, PNG, WebP, BMP, GIF, TIFF or PPM image, found"),

@@ -31,7 +31,8 @@ class DataCollatorForPhi3V:
         Returns:
             dict: input_ids and labels, int64, (B, N), with attention_mask; or, padding-free, (1, sum of the lengths) with
             position_ids and what variable-length attention kernels read (cu_seq_lens_q/k, max_length_q/k). With images,
-            pixel_values (all crops, 3, crop size, crop size) and image_sizes (all images, 2). `ids` and `sources` of the samples.
+            pixel_values (all crops, 3, crop size, crop size) and image_sizes (all images, 2). `ids` of the samples, and
+            `sources`, where there are several.
         """
         samples = [feature for feature in features if feature is not None]
         empty = {"input_ids": [self.pad_token_id] * 2, "labels": [IGNORE_INDEX] * 2}
@@ -42,7 +43,8 @@ class DataCollatorForPhi3V:
             batch["image_sizes"] = torch.cat([feature["image_sizes"] for feature in with_images])
         # For messages and the log; `RecipeTrainer` takes them out before the model sees the batch.
         batch["ids"] = [sample["id"] for sample in samples]
-        batch["sources"] = [sample.get("source", "") for sample in samples]
+        if any(sources := [sample.get("source", "") for sample in samples]):
+            batch["sources"] = sources
         return batch
 
     def _pad(self, features) -> dict[str, Any]:

@@ -70,7 +70,7 @@ class CsvFile(Sequence[Row]):
             raise InputError(f"{place}: expected {len(self._header)} columns, found {len(fields)}; {cure}")
         return Row({name: value or None for name, value in zip(self._header, fields, strict=True)}, place)
 
-    def __getitem__(self, index: Any) -> Row:
+    def __getitem__(self, index: Any) -> Any:
         return self.values(index)
 
     def _text(self, line: int) -> str:

@@ -1,5 +1,6 @@
 """Rows of a task, checked before a model is loaded, as the features of a training data set."""
 
+import gc
 import os
 import sys
 from collections import Counter
@@ -160,7 +161,13 @@ def build_dataset(
     given = getattr(args, "data_dir", None) or os.path.basename(sys.argv[0])
     places = [os.path.realpath(place) for place in ([given] if isinstance(given, str) else given)]
     cache = LengthCache(cache_file(processor, *places, split))
-    found = _check_together(Checker(rows, to_conversation, processor, args, split, cache, ROWS_WITH_TEXT), args)
+    checker = Checker(rows, to_conversation, processor, args, split, cache, ROWS_WITH_TEXT)
+    # Else a quarter of the time is the garbage collector's, which looks at all that the libraries have made again and again.
+    gc.freeze()
+    try:
+        found = _check_together(checker, args)
+    finally:
+        gc.unfreeze()
     _refuse_bad_rows(found.bad, len(rows), args, purpose)
     numbers = found.numbers
     hashes = np.fromiter((xxh3_64_intdigest(name.encode()) for (name,) in found.fingerprints.values("id")), np.uint64)

@@ -100,7 +100,7 @@ def _content(path: str) -> int:
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
-            found = [size]
+            found: list[int | str] = [size]
             for start in (0, size // 2, max(0, size - SAMPLED_BYTES)):
                 file.seek(start)
                 found.append(xxh3_64_intdigest(file.read(SAMPLED_BYTES)))

@@ -72,7 +72,7 @@ def encode_conversation(
         features = processor.image_processor(images, num_crops=crops)
     ids = training_ids(conversation, answers, processor, features.get("num_img_tokens", []))
     check_length(len(ids), max_length, where)
-    encoded = {"id": conversation.id, "source": conversation.source}
+    encoded: dict[str, Any] = {"id": conversation.id, "source": conversation.source}
     encoded |= {"input_ids": ids, "labels": label_answers(ids, processor)}
     if images:
         text = "\n".join(message["content"] for message in to_messages(conversation, answers))

@@ -23,7 +23,7 @@ from .clips import Frame, frame_jpeg
 from .conversation import Conversation, check_conversation
 from .jsonl import iterate_rows
 from .known_forms import VIDEO_FIELDS, is_question, known_conversation, locate_pictures
-from .own_rows import LOOKED_AT, check_columns, data_files, name_columns, open_file
+from .own_rows import LOOKED_AT, check_pictures, data_files, missing_columns, name_columns, open_file
 from .reading import check_split
 from .rows import Row, resolve_images
 from .schemas import ConvertedRow, chat_format, parse_row, row_id, sample_name
@@ -140,16 +140,17 @@ def _numbered_rows(
 ) -> Iterator[tuple[int, Row | InputError]]:
     """Line, or in Parquet number, and row of each row of a file; in place of one that cannot be read its error."""
     if path.suffix in (".jsonl", ".json"):
-        found = (
-            (line, row if isinstance(row, InputError) else Row(name_columns(row, columns), f"{path}:{line}"))
-            for line, row in iterate_rows(path)
-        )
+        found = iterate_rows(path)
         head = list(islice(found, LOOKED_AT))
         if known:
-            check_columns([row for _, row in head if isinstance(row, Row)], columns)
-        yield from chain(head, found)
+            first = [Row(row, f"{path}:{line}") for line, row in head if not isinstance(row, InputError)]
+            check_pictures(first, columns)
+            _refuse(missing_columns(first, columns))
+        for line, row in chain(head, found):
+            yield line, row if isinstance(row, InputError) else Row(name_columns(row, columns), f"{path}:{line}")
         return
     rows = open_file(path, columns, num_frames)
+    _refuse(rows.missing)
     for index in range(len(rows)):
         line = rows.number(index)
         try:
@@ -157,6 +158,11 @@ def _numbered_rows(
         except InputError as error:
             place = (f"{printable(str(path))}:{line}: ", f"{printable(str(path))}, row {line}: ")
             yield line, InputError(str(error).removeprefix(place[0]).removeprefix(place[1]))
+
+
+def _refuse(missing: dict[str, str]) -> None:
+    for message in missing.values():
+        raise InputError(message)
 
 
 def _to_sample(
@@ -174,13 +180,18 @@ def _to_sample(
         used.add(name)
         native = to_native({**row, "id": name}, path.parent, num_frames)
         return Sample(path, line, split, False, native, parse_row(native, ConvertedRow).to_conversation())
+    if to_conversation is None and "conversations" not in row:
+        try:
+            known_conversation(row)
+        except InputError as error:
+            raise InputError(f"{error}; --task reads rows of a task's own form") from None
     try:
         known = to_conversation is None
         located = locate_pictures(row, path.parent, num_frames) if known else resolve_images(row, path.parent)
         row = Row(located, row.where)
     except InputError as error:
         raise InputError(f"{sample_name(row)}{error}") from None
-    if known:
+    if to_conversation is None:
         return Sample(path, line, split, True, row, known_conversation(row))
     conversation = to_conversation(row)
     # A script's own function may return anything, and the sample goes by its id.

@@ -56,7 +56,7 @@ class JsonListFile(Sequence[Row]):
             raise InputError(f"{place}: {row}")
         return Row(row, place)
 
-    def __getitem__(self, index: Any) -> Row:
+    def __getitem__(self, index: Any) -> Any:
         return self.values(index)
 
 

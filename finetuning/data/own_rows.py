@@ -38,7 +38,7 @@ class OwnRows(Sequence[Row]):
         num_frames (int): frames of a clip.
 
     Raises:
-        InputError: if a column of `columns` is not there, or one that is not read holds pictures.
+        InputError: if a column that is not read holds pictures.
     """
 
     def __init__(self, file: Any, name: str, folder: str | os.PathLike, columns: Mapping[str, str], num_frames: int):
@@ -71,7 +71,7 @@ class OwnRows(Sequence[Row]):
             row["id"] = f"{self.source}/{name}"
         return Row(row, raw.where, self.source)
 
-    def __getitem__(self, index: Any) -> Row:
+    def __getitem__(self, index: Any) -> Any:
         row = self.values(index)
         try:
             return Row(locate_pictures(row, self._folder, self._num_frames), row.where, row.source)
@@ -82,11 +82,12 @@ class OwnRows(Sequence[Row]):
         rows = []
         for index in range(min(LOOKED_AT, len(self))):
             try:
-                raw = self._file.values(index)
-                rows.append(Row(name_columns(raw, self._columns), raw.where))
+                rows.append(self._file.values(index))
             except InputError:  # told when all rows are checked
                 continue
-        check_columns(rows, self._columns)
+        check_pictures(rows, self._columns)
+        # A column need not be in every file.
+        self.missing = missing_columns(rows, self._columns)
 
 
 def name_columns(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
@@ -97,26 +98,35 @@ def name_columns(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str
     return named | {field: row[column] for field, column in columns.items() if column in row}
 
 
-def check_columns(rows: Sequence[Row], columns: Mapping[str, str]) -> None:
-    """Checks the first rows of a file, after `name_columns`: each column that was named is there, and none with pictures is left.
+def missing_columns(rows: Sequence[Row], columns: Mapping[str, str]) -> dict[str, str]:
+    """Field -> message, of each column of `columns` that occurs in none of the first rows of a file."""
+    if not rows:
+        return {}
+    found = f"found {printable(', '.join(map(str, rows[0])), 120)} ({rows[0].where})"
+    return {
+        field: f"--columns {field}={column}: expected a column of that name, {found}"
+        for field, column in columns.items()
+        if not any(column in row for row in rows)
+    }
+
+
+def check_pictures(rows: Sequence[Row], columns: Mapping[str, str]) -> None:
+    """Checks the first rows of a file as they stand there: no column that is not read seems to hold their pictures.
 
     Raises:
-        InputError: with the first row's place. Both faults would else train on texts alone.
+        InputError: with the row's place; training would go on with the texts alone.
     """
-    for field, column in columns.items():
-        if rows and not any(field in row for row in rows):
-            found = printable(", ".join(map(str, rows[0])), 120)
-            raise InputError(
-                f"--columns {field}={column}: expected a column of that name, found {found} ({rows[0].where})"
-            )
-    for row in filter(is_question, rows):
+    for raw in rows:
+        row = name_columns(raw, columns)
+        if not is_question(row):
+            continue
         for kind, field, is_one in (("pictures", "image", _is_picture), ("clips", "video", _is_clip)):
             if not {field, f"{field}s"}.isdisjoint(row):
                 continue
             column = next((name for name, value in row.items() if name not in READ and is_one(value)), None)
             if column is not None:
                 raise InputError(
-                    f"{row.where}: expected {kind} in a column {field} or {field}s, found them in {shown(column)}; --columns "
+                    f"{raw.where}: expected {kind} in a column {field} or {field}s, found them in {shown(column)}; --columns "
                     f"{field}={column} says so"
                 )
 

@@ -61,17 +61,21 @@ def load_own_data(args: "OwnDataArguments") -> tuple[Sequence[Row], Sequence[Row
 def read_sources(args: "OwnDataArguments") -> list[OwnSource]:
     """Each source of --data_dir, or the one of --dataset, with its rows to train on and to answer; see `load_own_data`."""
     sources = [_from_hub(args)] if args.dataset else [_from_files(source.path, args) for source in args.sources]
-    for source, name in zip(sources, args.source_names, strict=False):
+    for field in args.column_of:
+        missing = [file.missing.get(field) for source in sources for file in source.files]
+        if all(missing):
+            raise InputError(str(missing[0]))
+    for source, called in zip(sources, args.source_names, strict=False):
         for file in source.files:
-            file.source = name
+            file.source = called
     names = [args.eval_split] if args.eval_split else list(EVALUATION)
     found = [next((name for name in names if name in source.splits), None) for source in sources]
     # Where a source is a test file, the others are to be trained.
     draws = not any(name and TRAIN not in source.splits for name, source in zip(found, sources, strict=True))
-    for name, source in zip(found, sources, strict=True):
+    for split, source in zip(found, sources, strict=True):
         source.train = source.splits.get(TRAIN, source.train)
-        if name:
-            source.evaluation = source.splits[name]
+        if split:
+            source.evaluation = source.splits[split]
         elif args.eval_split and draws:
             there = ", ".join(printable(split, 40) for split in source.splits)
             raise InputError(
@@ -81,8 +85,8 @@ def read_sources(args: "OwnDataArguments") -> list[OwnSource]:
             _draw(source, args)
         if args.dataset:
             hub, _, config = args.dataset.partition(":")
-            used = [TRAIN, *([name] if name else [])]
-            args.hub_data = [{"name": hub, "config": config or None, "split": split} for split in used]
+            used = [TRAIN, *([split] if split else [])]
+            args.hub_data = [{"name": hub, "config": config or None, "split": name} for name in used]
     if args.do_train and not any(len(source.train) for source in sources):
         there = ", ".join(printable(split, 40) for source in sources for split in source.splits)
         raise InputError(
@@ -98,7 +102,7 @@ def _draw(source: OwnSource, args: "OwnDataArguments") -> None:
     except InputError as error:
         raise InputError(f"{source.name}: no test split: {error}") from None
     source.train, source.evaluation = rows.select(train), rows.select(drawn)
-    if state.is_main_process:
+    if state.is_main_process and args.eval_share:
         said = f"{len(drawn)} of {len(rows)} rows are answered and not trained, drawn by picture (--eval_share {args.eval_share:g})"
         print(f"{source.name}: no test split: {said}", flush=True)
 

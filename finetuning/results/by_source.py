@@ -28,7 +28,7 @@ def by_source(
         score (Callable): the task's own.
     """
     figures = {stage: score_sources(score, predictions) for stage, predictions in answered.items()}
-    last = next(reversed(answered), "")
+    last = next(reversed(list(answered)), "")
     return [
         {
             "name": name,
@@ -50,7 +50,7 @@ def score_sources(
 
     A figure that some rows alone do not have, such as AUROC of one class, is left out.
     """
-    found = {}
+    found: dict[str, float] = {}
     for name in sources_of(predictions):
         try:
             figures = score(of_source(predictions, name))

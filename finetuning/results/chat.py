@@ -2,11 +2,12 @@
 
 import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import TextStreamer
+from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 
 from phi3v import Phi3VProcessor
 from phi3v.processing_phi3_v import IMAGE_TAG
@@ -46,6 +47,27 @@ class TerminalStreamer(TextStreamer):
         print("\n".join(lines), end="\n" if stream_end else "", flush=True)
 
 
+class CallbackStreamer(TextStreamer):
+    """Gives an answer to a function, piece by piece, while it is written."""
+
+    def __init__(self, tokenizer, receive: Callable[[str], object]):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.receive = receive
+
+    def on_finalized_text(self, text: str, stream_end: bool = False):
+        self.receive(text)
+
+
+class StopWhen(StoppingCriteria):
+    """Ends an answer after the token at which a function says so."""
+
+    def __init__(self, stopped: Callable[[], bool]):
+        self.stopped = stopped
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.full((len(input_ids),), self.stopped(), device=input_ids.device)
+
+
 @dataclass
 class Chat:
     """A conversation that goes on.
@@ -55,6 +77,8 @@ class Chat:
         processor (Phi3VProcessor): its num_crops counts.
         dtype (torch.dtype): what the model computes in.
         max_new_tokens (int): longest answer, in tokens.
+        turns (list[Turn]): what was asked and answered before.
+        temperature (float): 0 always takes the likeliest token; above, tokens are drawn, the more evenly the higher it is.
     """
 
     model: Any
@@ -62,14 +86,22 @@ class Chat:
     dtype: torch.dtype
     max_new_tokens: int
     turns: list[Turn] = field(default_factory=list)
+    temperature: float = 0.0
 
-    def ask(self, question: str, images: list | None = None, streamer: TextStreamer | None = None) -> Reply:
-        """Answers greedily, knowing all earlier turns, and keeps the turn; one that cannot be asked is not kept.
+    def ask(
+        self,
+        question: str,
+        images: list | None = None,
+        streamer: TextStreamer | None = None,
+        stopped: Callable[[], bool] | None = None,
+    ) -> Reply:
+        """Answers, knowing all earlier turns, and keeps the turn; one that cannot be asked is not kept.
 
         Args:
             question (str): not blank.
             images (list, optional): pictures shown with it, see `open_image`.
             streamer (TextStreamer, optional): gets the answer while it is written.
+            stopped (Callable, optional): asked after each token; the answer ends where it says True.
 
         Raises:
             InputError: for a picture that cannot be read, a text with a control token, or a conversation that grew too long.
@@ -85,10 +117,17 @@ class Chat:
         limit = self.model.config.max_position_embeddings - self.max_new_tokens
         check_length(length, limit, "the conversation")
         start = time.monotonic()
+        drawn = {"do_sample": True, "temperature": self.temperature} if self.temperature else {"do_sample": False}
+        criteria = StoppingCriteriaList([StopWhen(stopped)]) if stopped else None
         self.model.eval()
         with torch.no_grad(), precision(self.model, self.dtype):
             output = self.model.generate(
-                **inputs, max_new_tokens=self.max_new_tokens, do_sample=False, use_cache=True, streamer=streamer
+                **inputs,
+                **drawn,
+                max_new_tokens=self.max_new_tokens,
+                use_cache=True,
+                streamer=streamer,
+                stopping_criteria=criteria,
             )
         seconds, written = time.monotonic() - start, output[0, length:]
         text = self.processor.tokenizer.decode(written, skip_special_tokens=True).strip()

@@ -1,6 +1,5 @@
 """Answers about pictures that nobody has labelled: answers.jsonl, over all ranks, gone on with where it was stopped."""
 
-import fcntl
 import glob
 import json
 import os
@@ -23,6 +22,7 @@ from ..errors import InputError, Stopped
 from ..training.progress import answers_bar
 from ..training.signals import stop_signals
 from .answering import Prompts, greedy_answers, precision
+from .kept_file import open_to_append
 from .rounds import answer_in_rounds
 
 # Of the formats that `images.open_image` takes.
@@ -116,7 +116,7 @@ def answer_unlabelled(
         file = None
         if state.is_main_process:
             try:
-                file = stack.enter_context(_open(path))
+                file = stack.enter_context(open_to_append(path, "--out"))
                 outcome[1] = _read_answers(path, by)
                 # What a run left half-written when it died.
                 file.truncate(outcome[1][1])
@@ -152,24 +152,6 @@ def _line(dataset: ConversationDataset, prompts: Prompts, number: int, answer: s
     images = [str(image) for image in dataset.to_conversation(dataset.rows[row]).images]
     line = {"id": question.id, "images": images, "question": question.question, "answer": answer}
     return json.dumps({**line, "model": by, "asked": question.asked}, ensure_ascii=False) + "\n"
-
-
-def _open(path: Path):
-    """The file, opened to append bytes, and locked until it is closed."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "ab")  # noqa: SIM115, the caller closes it
-    except OSError as error:
-        raise InputError(f"--out {path}: expected a file to write to, found: {error.strerror}") from None
-    with suppress(OSError):
-        # As for output folders; a file system that cannot lock is no reason to stop.
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise InputError(
-                f"--out {path}: expected no other process writing to it, found one; choose another"
-            ) from None
-    return file
 
 
 def _read_answers(path: Path, by: str) -> tuple[set[str], int]:

@@ -191,8 +191,13 @@ def read_model(
     return model
 
 
-def read_adapter(model: PreTrainedModel, saved: SavedModel) -> PeftModel:
+def read_adapter(model: PreTrainedModel | PeftModel, saved: SavedModel, name: str = "default") -> PeftModel:
     """The model with the saved adapter over it, nothing trainable; the adapter in float32, as in training.
+
+    Args:
+        model: the whole model, or one that has adapters already: the saved one lies beside them then, see `several.py`.
+        saved (SavedModel): with an adapter.
+        name (str): what PEFT knows the adapter by; the default one where it brings parts that were trained in full.
 
     Raises:
         InputError: if the adapter does not fit the model.
@@ -201,7 +206,10 @@ def read_adapter(model: PreTrainedModel, saved: SavedModel) -> PeftModel:
         with warnings.catch_warnings():
             # PEFT only warns of weights that are missing.
             warnings.filterwarnings("error", "Found missing adapter keys")
-            found = PeftModel.from_pretrained(model, str(saved.adapter))
+            if isinstance(model, PeftModel):
+                model.load_adapter(str(saved.adapter), adapter_name=name)
+                return model
+            found = PeftModel.from_pretrained(model, str(saved.adapter), adapter_name=name)
         copies = [module for module in found.modules() if isinstance(module, ModulesToSaveWrapper)]
         if copies:
             for module in copies:

@@ -105,7 +105,10 @@ def _describe_rows(dataset: ConversationDataset) -> list[str]:
         return [
             f"rows             {len(dataset)}, each once an epoch{f': {several}' if len(dataset.sources) > 1 else ''}"
         ]
-    lines = [f"rows             {len(dataset)}, of which an epoch takes {dataset.epoch_size} samples:"]
+    total = f"rows             {len(dataset)}, of which an epoch takes {dataset.epoch_size} samples"
+    if len(mixture.names) < 2:
+        return [f"{total} ({dataset.epoch_size / len(dataset):.4g} times each)"]
+    lines = [f"{total}:"]
     for name, rows, samples in zip(mixture.names, mixture.rows, mixture.samples, strict=True):
         lines.append(f"                 {samples:,} of {name}, which has {rows:,} ({samples / rows:.4g} times each)")
     return lines

@@ -139,7 +139,8 @@ class RecipeTrainer(Trainer):
         if not self.args.do_train:
             return nothing
         self._pending.checkpoint = resume_from_checkpoint
-        self._source_losses = SourceLosses(list(self.train_dataset.sources))
+        rows: Any = self.train_dataset
+        self._source_losses = SourceLosses(list(rows.sources))
         try:
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         except torch.OutOfMemoryError as error:

@@ -113,7 +113,7 @@ def test_plural_columns_of_a_csv_file_hold_json_lists(tmp_path):
     (tmp_path / "x.csv").write_text(
         'images,question,answers\n"[""a.png"", ""a.png""]",q,"[""1"", ""one""]"\na.png,q,[1\n'
     )
-    rows = open_file(tmp_path / "x.csv", {})
+    rows = open_file(tmp_path / "x.csv", {}, 8)
     [turn] = known_conversation(rows[0]).turns
     assert turn.images == [str(tmp_path / "a.png")] * 2
     assert turn.answers == ["1", "one"]
@@ -143,8 +143,8 @@ def test_a_json_list_gives_rows_by_number(block, indent, tmp_path, monkeypatch):
 
 def test_an_id_that_is_used_again_becomes_one_of_its_own(base, tmp_path):
     rows = [{"id": name, "question": f"{n}?", "answer": "a"} for n, name in enumerate(["x", "x", 3, None, "x"])]
-    recipe.write_jsonl(tmp_path / "chat.jsonl", [*rows, {"question": "6?", "answer": "a"}])
-    train, _ = load_own_data(arguments(base, "--data_dir", str(tmp_path), "--eval_share", "0"))
+    path = recipe.write_jsonl(tmp_path / "chat.jsonl", [*rows, {"question": "6?", "answer": "a"}])
+    train, _ = load_own_data(arguments(base, "--data_dir", str(path), "--eval_share", "0"))
     assert [known_conversation(row).id for row in train] == ["x", "chat-2", "3", "chat-4", "chat-5", "chat-6"]
 
 
@@ -165,7 +165,7 @@ def test_a_path_that_holds_a_colon_is_the_path(base, tmp_path):
     assert load_own_data(args)[0][0]["question"] == "docs:2"
     (tmp_path / "docs:2" / "train.jsonl").unlink()
     (tmp_path / "docs:2").rmdir()
-    with pytest.raises(InputError, match="docs:2"):
-        arguments(base, "--data_dir", f"{tmp_path}/docs:2")
+    args = arguments(base, "--data_dir", f"{tmp_path}/docs:2")
+    assert [(source.path, source.share) for source in args.sources] == [(f"{tmp_path}/docs", 2)]
     with pytest.raises(InputError, match="expected a share over 0 after the colon"):
         arguments(base, "--data_dir", f"{tmp_path}/docs:0")

@@ -2,11 +2,14 @@
 
 import io
 import sys
+from types import SimpleNamespace
 
+import hub
 import pytest
 import recipe
 import tiny
 import torch
+from datasets import Features, Value
 
 import finetune_trl_dpo
 import finetune_trl_grpo
@@ -70,6 +73,33 @@ def test_each_form_of_a_row_gives_the_same_conversation(row):
 def test_pictures_of_rlaif_v_are_bytes():
     row = {"idx": 0, "image": {"bytes": png(), "path": None}, "question": "?", "chosen": "A", "rejected": "B"}
     assert preference_dataset(dataset([row]))[0]["chosen"]["image_sizes"].tolist() == [[28, 28]]
+
+
+def test_rlaif_v_of_the_hub_its_first_rows_held_back(tmp_path, monkeypatch):
+    # Columns as on https://huggingface.co/datasets/openbmb/RLAIF-V-Dataset
+    features = {
+        "ds_name": Value("string"),
+        "image": {"bytes": Value("binary"), "path": Value("string")},
+        "question": Value("string"),
+        "chosen": Value("string"),
+        "rejected": Value("string"),
+        "idx": Value("int64"),
+    }
+    rows = [
+        {"ds_name": "x", "image": {"bytes": png(), "path": "a.jpg"}, "question": f"{number}?", "chosen": "A", "rejected": "B", "idx": 7}
+        for number in range(5)
+    ]  # fmt: skip
+    monkeypatch.setattr(finetune_trl_dpo, "HELD_OUT", 2)
+    with hub.Hub() as found:
+        files = hub.card([{"name": "default", "files": {"train": "RLAIF*"}}]), hub.parquet(rows, Features(features))
+        found.put("datasets/openbmb/RLAIF-V-Dataset", dict(zip(("README.md", "RLAIF_000.parquet"), files, strict=True)))
+        hub.use(found.endpoint, tmp_path / "home", monkeypatch)
+        args = SimpleNamespace(data_dir=None, do_train=True, local_process_index=0, hub_data=[])
+        train, held_back = map(list, finetune_trl_dpo.load_splits(args))
+    asked = [[finetune_trl_dpo.to_conversation(row).turns[0].user for row in rows] for rows in (train, held_back)]
+    assert asked == [["2?", "3?", "4?"], ["0?", "1?"]]
+    assert len({finetune_trl_dpo.to_conversation(row).id for row in (*train, *held_back)}) == 5
+    assert preference_dataset(dataset(train))[0]["chosen"]["image_sizes"].tolist() == [[28, 28]]
 
 
 @pytest.mark.parametrize(

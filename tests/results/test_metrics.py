@@ -93,7 +93,7 @@ def longest_common_subsequence(a: list[str], b: list[str]) -> int:
 def test_rouge_l_is_the_f_measure_of_the_longest_common_subsequence():
     # The example of package rouge-score.
     fox = "The quick brown fox jumps over the lazy dog"
-    assert rouge_l("The quick brown dog jumps on the log.", [fox]) == pytest.approx(12 / 17)
+    assert rouge_l("The quick brown dog jumps on the log.", [fox]) == pytest.approx(10 / 17)
     chooser = random.Random(0)
     for _ in range(200):
         texts = [[chooser.choice("abcdef") for _ in range(chooser.randint(1, 12))] for _ in range(3)]

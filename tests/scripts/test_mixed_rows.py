@@ -94,7 +94,7 @@ def mixture(folder):
     """Flags of three epochs of 12 samples, 4 a step: half of the rows of one source, and those of another twice."""
     rows = mixed_rows(folder / "half", train=12, test=2)
     twice = mixed_rows(folder / "twice", train=3, test=2)
-    changes = {"max_steps": -1, "num_train_epochs": 3, "save_steps": 4, "save_total_limit": 9}
+    changes = {"max_steps": -1, "num_train_epochs": 3, "save_steps": 1, "save_total_limit": 9}
     return flags(folder / "model", f"{rows}:0.5", f"{twice}:2", **changes) + ["--use_lora", "--lora_rank", "4"]
 
 
@@ -143,7 +143,7 @@ def test_a_mixture_says_what_an_epoch_takes_and_goes_on_in_its_middle_bit_by_bit
     assert resumed.losses == whole.losses
     expected, found = (load_file(run.output / "adapter_model.safetensors") for run in (whole, resumed))
     assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
-    assert {*whole.logs[3]} >= {"loss/half", "loss/twice"}
+    assert {name for entry in whole.logs.values() for name in entry} >= {"loss/half", "loss/twice"}
 
 
 def test_scores_are_told_by_source(alone):

@@ -12,7 +12,7 @@ from launch import record_bad_inputs, script, several
 
 from benchmarks.record import provenance, write
 
-FLAGS = ["--num_crops", "1", "--no-tqdm", "--batch_size", "6", "--learning_rate", "5e-3", "--warmup_steps", "2", "--max_new_tokens", "6"]  # fmt: skip
+FLAGS = ["--num_crops", "1", "--no-tqdm", "--batch_size", "6", "--learning_rate", "5e-3", "--warmup_steps", "2", "--max_new_tokens", "12"]  # fmt: skip
 TRAINED = [
     *FLAGS,
     "--use_lora",
@@ -70,8 +70,10 @@ def test_an_input_trains_as_it_comes(runs, name):
     assert after["loss"] < 0.5 * before["loss"]
     assert after["token_accuracy"] > before["token_accuracy"]
     assert after["rouge_l"] > before["rouge_l"]
+    assert after["exact_match"] > before["exact_match"]
     card = (run.output / "README.md").read_text()
-    assert (own_inputs.HUB_NAME if name == HUB else "data-") in card
+    names = {HUB: own_inputs.HUB_NAME, "LLaVA json": "llava_pages.json", "csv": "pages.csv"}
+    assert names.get(name, f"data-{name}") in card
     assert str(run.output.parent) not in card
 
 
@@ -115,3 +117,15 @@ def test_the_results_that_are_recorded_are_of_all_inputs():
     path = Path(__file__).parents[2] / "benchmarks" / "results" / "own_inputs.json"
     recorded = json.loads(path.read_text())["inputs"]
     assert list(recorded) == [*own_inputs.INPUTS, HUB]
+
+
+@pytest.mark.slow
+def test_two_processes_draw_and_answer_the_same_rows(runs, base, tmp_path):
+    flags = ["--model_name_or_path", str(base), *own_inputs.csv_file(tmp_path / "data"), *TRAINED]
+    [run] = several({"csv": flags}, tmp_path, {"csv": Path(script("own_data"))}, ranks=2).values()
+    assert run.status == 0, run.stdout + run.stderr
+    for stage in ("before", "after"):
+        found, expected = run.evaluation(stage), runs["csv"].evaluation(stage)
+        assert found["ids"] == expected["ids"]
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-3)
+    assert run.stdout.count("no test split") == 1

@@ -58,7 +58,7 @@
   let shown = [];
 
   function texts(row) {
-    row.haystack ??= [row.id, ...row.turns.flatMap((turn) => [turn.question, ...turn.references, ...turn.answers])]
+    row.haystack ??= [row.id, row.where ?? "", ...row.turns.flatMap((turn) => [turn.question, ...turn.references, ...turn.answers])]
       .join("\n").toLowerCase();
     return row.haystack;
   }
@@ -121,24 +121,34 @@
     return score > 0 ? ["some", "≈ "] : ["bad", "✗ "];
   }
 
-  function answerLine(name, text, score, chance) {
+  function answerLine(name, text, score, chance, shownValue) {
     const [colour, sign] = verdict(score);
     const content = text.trim() === "" ? make("span", `answer empty ${colour}`, `${sign}(empty answer)`)
       : make("span", `answer ${colour}`, sign, ...rich(text));
     const head = make("th", "", name);
     head.scope = "row";
-    const value = make("td", "value", number(score));
+    const value = make("td", "value", shownValue ?? number(score));
     if (chance) value.title = chance;
     return make("tr", "", head, make("td", "", content), value);
   }
 
+  // Another row with the same question about the same picture.
+  function twinLine(twin) {
+    const head = make("th", "", twin.how);
+    head.scope = "row";
+    head.title = twin.exactly;
+    return make("tr", "twin", head, make("td", "", ...rich(twin.text), make("small", "", twin.where)), make("td", "value"));
+  }
+
   function turnPart(turn) {
     const part = make("div", "turn", make("div", "question", ...rich(turn.question)));
-    const head = make("th", "", "expected");
+    const head = make("th", "", data.expected ?? "expected");
     head.scope = "row";
-    const expected = make("td", "");
+    const expected = make("td", ""), [likelihood, exactly] = turn.given ?? ["", ""];
     turn.references.forEach((text, index) => expected.append(...(index ? [make("span", "or", "or")] : []), ...rich(text)));
-    const body = make("tbody", "", make("tr", "", head, expected, make("td", "value")));
+    const value = make("td", "value", likelihood);
+    value.title = exactly;
+    const body = make("tbody", "", make("tr", "", head, expected, value));
     // Answers that did not change from one evaluation to the next share a line.
     for (let from = 0, to; from < data.columns.length; from = to) {
       to = from + 1;
@@ -146,15 +156,18 @@
       if (text === null) continue;
       while (data.merge && to < data.columns.length && turn.answers[to] === text) to += 1;
       const name = to - from > 1 ? `${data.columns[from]} – ${data.columns[to - 1]}` : data.columns[from];
-      body.append(answerLine(name, text, turn.scores[to - 1], turn.chances && turn.chances[to - 1]));
+      body.append(answerLine(name, text, turn.scores[to - 1], turn.chances && turn.chances[to - 1], turn.values && turn.values[to - 1]));
     }
+    body.append(...(turn.twins ?? []).map(twinLine));
     part.append(make("table", "answers", body));
     return part;
   }
 
   function rowPart(row) {
-    const mark = row.score === null ? "" : `score ${number(row.score)}`;
-    const text = make("div", "", make("div", "head", make("span", "id", row.id), make("span", "mark", mark)),
+    const mark = row.score === null ? "" : `${data.mark ?? "score"} ${number(row.score)}`;
+    const place = row.where ? [make("span", "where", row.where)] : [];
+    const head = make("div", "head", make("span", "id", row.id), ...place, make("span", "mark", mark));
+    const text = make("div", "", head,
       ...row.turns.map(turnPart));
     const part = make("article", "row", text);
     part.tabIndex = -1;
@@ -170,10 +183,11 @@
       }
       const image = make("img", "");
       image.dataset.picture = picture;
-      image.alt = `picture ${place + 1} of ${row.pictures.length}`;
+      const caption = row.captions && row.captions[place];
+      image.alt = caption ? `picture of ${caption}` : `picture ${place + 1} of ${row.pictures.length}`;
       image.decoding = "async";
       observer.observe(image);
-      const button = make("button", "", image);
+      const button = make("button", "", image, ...(caption ? [make("small", "", caption)] : []));
       button.type = "button";
       button.title = "show large";
       button.addEventListener("click", () => enlarge(button, row, place));
@@ -242,7 +256,8 @@
     const image = $("large").querySelector("img"), count = row.pictures.length;
     image.src = data.pictures[row.pictures[place]];
     image.alt = `picture ${place + 1} of ${count}`;
-    $("large").querySelector("p").textContent = count > 1 ? `${row.id}, picture ${place + 1} of ${count}` : row.id;
+    const caption = row.captions && row.captions[place];
+    $("large").querySelector("p").textContent = caption || (count > 1 ? `${row.id}, picture ${place + 1} of ${count}` : row.id);
     if (!$("large").open) $("large").showModal();
   }
 
