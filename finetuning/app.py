@@ -10,6 +10,7 @@ Only this machine reaches the page, at http://127.0.0.1:7860, unless --host says
 Needs gradio: pip install -r requirements-app.txt, in an environment of its own (docs/app.md).
 """
 
+import errno
 import io
 import os
 import signal
@@ -210,8 +211,10 @@ def find_port(host: str, wanted: int | None) -> int:
             with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
                 return port
         except OSError as error:
-            found = error.strerror or str(error)
-            if wanted or isinstance(error, socket.gaierror) or "assign" in found:
+            unknown = isinstance(error, socket.gaierror)
+            # Not strerror: socket puts the address into it once more.
+            found = error.strerror if unknown or not error.errno else os.strerror(error.errno)
+            if wanted or unknown or error.errno == errno.EADDRNOTAVAIL:
                 raise InputError(
                     f"--host {printable(host)}: expected an address to listen on, port {port}, found: {found}; choose another"
                 ) from None

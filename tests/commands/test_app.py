@@ -105,7 +105,7 @@ def test_the_rows_of_ones_own_data_are_those_that_were_drawn(tmp_path, capsys):
     ("run", "says"),
     [
         (run_of("finetune_hf_trainer_docvqa.py"), "found one on a data set of the hub"),
-        (run_of("finetune_hf_trainer_docvqa.py", "--data_dir", "gone"), "gone: expected a folder"),
+        (run_of("finetune_hf_trainer_docvqa.py", "--data_dir", "gone"), "--data_dir gone: no such folder"),
         (run_of("my_own.py"), "found one of my_own.py"),
         ({"script": "../../etc/x.py", "attempts": [{"command": []}]}, "found one of x.py"),
     ],

@@ -25,7 +25,7 @@ def folders(tmp_path):
     base = recipe.model_folder(tmp_path / "base")
     first = saved.adapter_folder(base, tmp_path / "first", scale=0.2)
     second = saved.adapter_folder(base, tmp_path / "second", "--lora_rank", "8", "--freeze_vision_model", scale=0.3)
-    return [base, first, second, recipe.model_folder(tmp_path / "other", hidden_size=32)]
+    return [base, first, second, recipe.model_folder(tmp_path / "other", seed=1)]
 
 
 def loading(folder, dtype=torch.float32) -> Loading:
