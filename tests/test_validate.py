@@ -717,7 +717,10 @@ def test_rows_of_a_task_without_the_flag_that_reads_them(tmp_path, model, capsys
 @pytest.mark.parametrize(
     ("flags", "found"),
     [
-        (["--task", "vqa"], "--task vqa: expected docvqa, hateful_memes, nlvr2, ucf101, own_data or the path of a script"),
+        (
+            ["--task", "vqa"],
+            "--task vqa: expected docvqa, hateful_memes, nlvr2, ucf101, own_data or the path of a script",
+        ),
         (["--task", "gone.py"], "--task gone.py: expected docvqa"),
         (["--task", "docvqa", "--convert", "out"], "--convert and --task: expected one of them"),
         (["--max_image_pixels", "0"], "--max_image_pixels 0: expected at least 1 pixel"),
