@@ -73,7 +73,9 @@ def help_of(call: Callable, capsys) -> set[str]:
 
 def help_of_commands(capsys, monkeypatch) -> set[str]:
     monkeypatch.setattr(sys, "argv", ["finetuning", "--help"])
-    calls = [lambda module=module: module.parse_args(["--help"]) for module in (ask, app, merge, compare, validate, plan)]
+    calls = [
+        lambda module=module: module.parse_args(["--help"]) for module in (ask, app, merge, compare, validate, plan)
+    ]
     calls.append(lambda: doubts.read_flags(["--help"]))
     return set().union(*(help_of(call, capsys) for call in (*calls, doubts.read_flags, score.main)))
 

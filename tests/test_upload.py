@@ -252,7 +252,7 @@ def test_paths_become_names_but_not_in_pictures(tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     monkeypatch.chdir(tmp_path)
     args = type(
-        "Args", (), {"output_dir": "out", "data_dir": str(tmp_path / "data"), "model_name_or_path": "me/tiny"}
+        "Args", (), {"output_dir": "out", "data_paths": [str(tmp_path / "data")], "model_name_or_path": "me/tiny"}
     )()
     text = f'--data_dir {tmp_path}/data --x "{tmp_path}/y" {os.path.expanduser("~")}/z base64,ab{tmp_path}/dataqq'
     assert without_paths(text, args) == f'--data_dir data --x "./y" ~/z base64,ab{tmp_path}/dataqq'

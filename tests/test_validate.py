@@ -554,7 +554,7 @@ def test_nothing_is_left_of_a_conversion_that_fails(good, model, tmp_path_factor
         ({"id": 1, "image": "data:image/png;base64,AAAA", "conversations": say("<image>", "a")}, ".png: expected a JPEG, PNG, WebP, BMP, GIF, TIFF or PPM image, found"),
         ({"id": 1, "image": "../a.png", "conversations": say("<image>", "a")}, "expected an image path inside"),
         ({"id": 1, "image": "b.png", "conversations": say("<image>", "a")}, "b.png: expected an image file, found no such file"),
-        ({"id": 1, "messages": [{"role": "user", "content": [{"type": "video"}]}]}, "messages[0].content[0].type: expected 'text', 'image_url' or 'image', found 'video'"),
+        ({"id": 1, "messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "messages[0].content[0].type: expected 'text', 'image_url', 'image' or 'video', found 'audio'"),
     ],
 )  # fmt: skip
 def test_faults_of_other_formats(bad, found, tmp_path, model, capsys):
@@ -717,7 +717,10 @@ def test_rows_of_a_task_without_the_flag_that_reads_them(tmp_path, model, capsys
 @pytest.mark.parametrize(
     ("flags", "found"),
     [
-        (["--task", "vqa"], "--task vqa: expected docvqa, hateful_memes, nlvr2, ucf101 or the path of a script"),
+        (
+            ["--task", "vqa"],
+            "--task vqa: expected docvqa, hateful_memes, nlvr2, ucf101, own_data or the path of a script",
+        ),
         (["--task", "gone.py"], "--task gone.py: expected docvqa"),
         (["--task", "docvqa", "--convert", "out"], "--convert and --task: expected one of them"),
         (["--max_image_pixels", "0"], "--max_image_pixels 0: expected at least 1 pixel"),

@@ -43,7 +43,8 @@ class Twin:
 def find_twins(asked: Sequence[Asked]) -> list[list[Twin]]:
     """The twins of each question, those with the most alike pictures first, at most `MOST_TWINS`.
 
-    Pictures are compared within the same question alone: 100,000 of them under one question take half a minute.
+    Pictures are compared within the same question alone: 100,000 of them under one question take seconds,
+    or minutes where most are alike (benchmarks/results/doubts.json).
     """
     found: list[list[Twin]] = [[] for _ in asked]
     groups: dict[tuple, list[int]] = defaultdict(list)

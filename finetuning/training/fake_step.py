@@ -254,6 +254,7 @@ class FakeModel:
             loss.backward()
             del loss, inputs
             live.mark("backward", "rest")
+        _let_go(self.config, live.segments)
         return live.segments
 
 
@@ -355,6 +356,14 @@ def repeated(config: Phi3VConfig, found: list[Segment]) -> list[tuple[int, int]]
         if kind in layers and len(same) > 2:
             times[same[len(same) // 2]] += layers[kind] - len(same)
     return list(enumerate(times))
+
+
+def _let_go(config: Phi3VConfig, found: list[Segment]) -> None:
+    """Has the loss's segment free what every layer keeps up to there, of the layers too that are not run: autocast's copies of
+    the adapters' weights. Nothing of a layer is left when its step is done, so that is what would be left of them."""
+    left = sum((times - 1) * found[number].change for number, times in repeated(config, found))
+    (loss,) = [segment for segment in found if segment.mark == ("forward", "loss")]
+    loss.change -= left
 
 
 def whole(config: Phi3VConfig, found: list[Segment]) -> StepBytes:

@@ -127,5 +127,5 @@ def test_two_processes_draw_and_answer_the_same_rows(runs, base, tmp_path):
     for stage in ("before", "after"):
         found, expected = run.evaluation(stage), runs["csv"].evaluation(stage)
         assert found["ids"] == expected["ids"]
-        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-3)
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5 if stage == "before" else 0.05)
     assert run.stdout.count("no test split") == 1

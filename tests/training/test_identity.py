@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from finetuning.arguments import ZERO2, RecipeArguments
 from finetuning.data.conversation import Conversation, Turn
 from finetuning.data.fingerprint import Fingerprint, fingerprint
+from finetuning.own_data_arguments import OwnDataArguments
 from finetuning.training.identity import (
     CHOOSING_THE_BEST,
     WITHOUT_EFFECT,
@@ -45,7 +46,7 @@ def args(folder) -> RecipeArguments:
 
 # ---- arguments
 
-FIELDS = [field.name for field in dataclasses.fields(RecipeArguments) if field.init]
+FIELDS = [field.name for field in dataclasses.fields(OwnDataArguments) if field.init]
 
 
 def test_the_arguments_without_effect_are_arguments():
