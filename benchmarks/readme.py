@@ -209,9 +209,16 @@ def speed() -> list[tuple[str, str, str]]:
 
 
 def levers() -> str:
-    lines = ["| lever | time | memory | |", "|---|---|---|---|"]
-    for entry in load("levers")["levers"][1:]:
-        lines.append(f"| {entry['lever']} | {entry['time']:.2f} | {entry['memory']:.2f} | {entry['verdict']} |")
+    """Counts of the official sizes; time and memory of the medium model over its base's, with the noise of each base."""
+    lines = ["| lever | TFLOP | GB | time | memory | |", "|---|---|---|---|---|---|"]
+    for entry in load("levers")["levers"]:
+        is_base = entry["lever"] == entry["base"]
+        counts = [f"{entry[name]:.1f}" if name in entry else "" for name in ("tflop", "gb")]
+        ratios = [f"{entry[name]:.2f}" if name in entry else "" for name in ("time", "memory")]
+        if is_base:
+            ratios = [f"1 ± {entry['noise']:.2f}", "1"] if "noise" in entry else ["", ""]
+        words = f"**{entry['lever']}**" if is_base else entry["lever"]
+        lines.append(f"| {' | '.join((words, *counts, *ratios, entry['verdict']))} |")
     return "\n".join((*lines, ""))
 
 
