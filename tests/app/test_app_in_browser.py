@@ -20,11 +20,13 @@ import pytest
 import recipe
 import saved
 import tiny
+import torch
 from bad_uploads import BAD_UPLOADS
 from hostile_texts import ATTACKS
 
 from benchmarks.screenshots import browser_path
 from finetuning.data.shown import escape
+from phi3v import Phi3VForCausalLM
 
 pytest.importorskip("gradio")
 playwright = pytest.importorskip("playwright.sync_api")
@@ -57,6 +59,11 @@ def run_folder(folder: Path, data: Path) -> Path:
         row["id"], row["query"]["en"], row["answers"] = ATTACKS[number], f"{ATTACKS[number]} ?", [ATTACKS[number]]
     recipe.write_jsonl(data / "rows.jsonl", rows)
     recipe.model_folder(folder)
+    # Never the likeliest: an answer goes on until it is stopped, or as long as it may be.
+    model = Phi3VForCausalLM.from_pretrained(folder, trust_remote_code=False)
+    with torch.no_grad():
+        model.lm_head.weight[model.config.stop_token_ids] = 0
+    model.save_pretrained(folder)
     found = [
         {
             "id": row["id"],
@@ -223,7 +230,7 @@ def test_upload_and_ask_gives_what_the_command_ask_gives(open_page, server, pict
 def test_an_answer_streams_and_stop_ends_it(open_page):
     page = open_page()
     page.get_by_role("button", name="Settings").click()
-    page.get_by_label("number input for Longest answer, in tokens").fill("2048")
+    page.get_by_label("number input for Longest answer, in tokens").fill("1500")
     page.keyboard.press("Tab")
     ask(page, QUESTION)
     live = page.locator(".turns").first.locator(".waiting p")
