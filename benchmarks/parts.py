@@ -110,12 +110,12 @@ def load_and_merge(folder: Path, name: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     adapter = (output / "adapter_config.json").exists()
     if adapter:
-        PeftModel.from_pretrained(Phi3VForCausalLM.from_pretrained(base), output)
+        PeftModel.from_pretrained(Phi3VForCausalLM.from_pretrained(base, trust_remote_code=False), output)
         found["loads"] = ["PEFT"]
         config = json.loads((output / "adapter_config.json").read_text())
         found["modules_to_save"] = len(config.get("modules_to_save") or [])
     else:
-        Phi3VForCausalLM.from_pretrained(output)
+        Phi3VForCausalLM.from_pretrained(output, trust_remote_code=False)
         found["loads"] = ["transformers"]
     picture = folder / "data" / "images" / "test_0000.png"
     asked = [sys.executable, "-m", "finetuning.ask", str(output), "--image", str(picture), "What is the number?"]

@@ -53,10 +53,10 @@ def model_folder(folder: Path, dtype: torch.dtype = torch.float32, **changes) ->
     return folder
 
 
-def arguments(folder: Path, *flags: str) -> RecipeArguments:
+def arguments(folder: Path, *flags: str, kind: type[RecipeArguments] = RecipeArguments) -> RecipeArguments:
     """Arguments for the model in `folder`, with few crops and no progress bars; the output folder is output/."""
     given = ["--model_name_or_path", str(folder), "--num_crops", "2", "--no-tqdm", "--output_dir", "output"]
-    return parse_args([*given, *flags])
+    return parse_args([*given, *flags], kind=kind)
 
 
 def on_ranks(monkeypatch, module: str, count: int, function: Callable[[int], Any]) -> list:

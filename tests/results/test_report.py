@@ -448,7 +448,7 @@ class FakeTrainer:
         device = SimpleNamespace(type="cpu")
         self.args = SimpleNamespace(
             output_dir=str(folder), process_index=rank, device=device, world_size=2, report_rows=50, strategy="full",
-            model_name_or_path="m", data_dir=None, changed={"seed": 3},
+            model_name_or_path="m", data_dir=None, data_paths=[], changed={"seed": 3},
         )  # fmt: skip
         self.train_dataset = ConversationDataset([0] * 5, to_conversation, None, [1] * 5)
         self.state = SimpleNamespace(log_history=LOGS[:2], global_step=2)

@@ -57,7 +57,6 @@ def test_crops_hold_for_one_answer(models):
     assert before != 1
     seen = []
     question = ask(models, images=[tiny.picture(90, 40)], num_crops=1, max_new_tokens=2)
-    chat = Chat(models[0].model, models[0].processor, torch.float32, 2)
     for _ in question:
         seen.append(models[0].processor.image_processor.num_crops)
     assert models[0].processor.image_processor.num_crops == before
