@@ -7,6 +7,7 @@ FOLDER holds model/ and data/ (tests/recipe.py). Prints a line `RESULT {json}` f
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
@@ -19,6 +20,7 @@ from finetune_hf_trainer_docvqa import to_conversation  # noqa: E402
 from finetuning.data.collator import DataCollatorForPhi3V  # noqa: E402
 from finetuning.data.dataset import build_dataset  # noqa: E402
 from finetuning.data.reading import read_splits  # noqa: E402
+from finetuning.errors import run_script  # noqa: E402
 from finetuning.training.loading import load_model, load_processor  # noqa: E402
 from finetuning.training.trainer import RecipeTrainer  # noqa: E402
 
@@ -71,9 +73,8 @@ def main(folder: str, rows: str, batches: str, *flags: str) -> None:
             result = train(Path(folder), count, batch, list(flags))
             if int(torch.distributed.get_rank() if torch.distributed.is_initialized() else 0) == 0:
                 print("RESULT", json.dumps(result), flush=True)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    # As the scripts: a rank that ends the usual way may abort.
+    run_script(partial(main, *sys.argv[1:]))
