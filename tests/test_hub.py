@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import datasets
+import httpx2
 import huggingface_hub
 import pytest
 import recipe
@@ -287,6 +288,19 @@ def test_a_fault_of_the_hub_is_one_line(hub, args, capfd, fault, words):
     for word in (*words, "--data_dir"):
         assert word in message
     assert capfd.readouterr().err.strip() == ""
+
+
+def test_what_is_asked_elsewhere_hides_no_fault_of_the_hub(hub):
+    progress = download.Progress()
+    client = download._Client(progress)
+    with pytest.raises(httpx2.ConnectError):
+        client.get("http://127.0.0.1:9")
+    assert progress.last_fault.startswith("connection refused")
+    hub.fault = Fault("500")
+    client.get(f"{hub.endpoint}/api/models")
+    with pytest.raises(httpx2.ConnectError):
+        client.get("http://127.0.0.1:9")
+    assert progress.last_fault.startswith("500")
 
 
 @pytest.mark.usefixtures("hasty")

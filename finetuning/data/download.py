@@ -57,6 +57,14 @@ class Progress:
         self.stopped = False
         # Of a request, in words: libraries retry, and hide causes behind errors of their own.
         self.last_fault = ""
+        self._of_hub = False
+
+    def note_fault(self, url: str, fault: str) -> None:
+        """Keeps the last fault. That of another host hides none of the hub's own: the client is the whole process', threads of
+        other libraries use it too."""
+        of_hub = url.startswith(constants.ENDPOINT)
+        if of_hub or not self._of_hub:
+            self.last_fault, self._of_hub = fault, of_hub
 
     @property
     def brought(self) -> float:
@@ -129,12 +137,12 @@ class _Client(httpx2.Client):
                 response.read()
         except httpx2.TransportError as error:
             if not self.progress.stopped:
-                self.progress.last_fault = _cause(error)[0]
+                self.progress.note_fault(str(request.url), _cause(error)[0])
             raise
         if response.status_code < 400:
             self.progress.answers += 1
         elif response.status_code != 404:  # Optional files are asked for, too.
-            self.progress.last_fault = _status_in_words(response.status_code)[0]
+            self.progress.note_fault(str(request.url), _status_in_words(response.status_code)[0])
         return response
 
 
