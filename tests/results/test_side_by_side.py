@@ -38,7 +38,7 @@ def test_the_words_add_up_to_the_answer_of_a_chat(models):
     assert turn.user == "What is it?"
     # the next question knows this one
     *_, (_, again) = ask(models, [turn], "And now?", max_new_tokens=12)
-    assert again.text == chat.ask("And now?").text
+    assert again.text == alone.ask("And now?").text
 
 
 def test_a_stop_ends_the_answer_and_keeps_what_is_written(models):
