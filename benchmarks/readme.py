@@ -209,16 +209,20 @@ def speed() -> list[tuple[str, str, str]]:
 
 
 def levers() -> str:
-    """Counts of the official sizes; time and memory of the medium model over its base's, with the noise of each base."""
-    lines = ["| lever | TFLOP | GB | time | memory | |", "|---|---|---|---|---|---|"]
-    for entry in load("levers")["levers"]:
+    """Counts of the official sizes; time and memory of the medium model over its base's, with the noise of each base, where
+    they were measured."""
+    entries = load("levers")["levers"]
+    timed = any("time" in entry for entry in entries)
+    columns = ["lever", "TFLOP", "GB", *(["time", "memory"] if timed else []), ""]
+    lines = [f"| {' | '.join(columns)} |", f"{'|---' * len(columns)}|"]
+    for entry in entries:
         is_base = entry["lever"] == entry["base"]
         counts = [f"{entry[name]:.1f}" if name in entry else "" for name in ("tflop", "gb")]
         ratios = [f"{entry[name]:.2f}" if name in entry else "" for name in ("time", "memory")]
         if is_base:
             ratios = [f"1 ± {entry['noise']:.2f}", "1"] if "noise" in entry else ["", ""]
         words = f"**{entry['lever']}**" if is_base else entry["lever"]
-        lines.append(f"| {' | '.join((words, *counts, *ratios, entry['verdict']))} |")
+        lines.append(f"| {' | '.join((words, *counts, *(ratios if timed else []), entry['verdict']))} |")
     return "\n".join((*lines, ""))
 
 

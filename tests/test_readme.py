@@ -29,7 +29,7 @@ OTHER = {
     "--nproc_per_node", "--nnodes", "--master_addr", "--master_port", "--node_rank", "--standalone", "--shutdown-timeout",
     "--max_restarts", "--no-deps", "--help", "--parity-results", "--hypothesis-profile", "--ratios", "--ipc", "--shm-size",
     "--rdzv_backend", "--rdzv_endpoint", "--rdzv_conf", "--time", "--signal", "--nodes", "--file", "--filename", "--tag", "--build-arg",
-    "--out_dir", "--archive", "--video_dir", "--minutes", "--device", "--model", "--mixed-rows",
+    "--out_dir", "--archive", "--video_dir", "--minutes", "--device", "--model", "--mixed-rows", "--counts",
 }  # fmt: skip
 # The commands of the published recipe, each as it is printed there.
 RECIPE = """\
