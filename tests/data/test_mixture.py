@@ -149,3 +149,14 @@ def test_shares_are_told_by_the_sources_names(folder):
 def test_a_share_that_makes_no_sense_is_one_line(folder, flags, message):
     with pytest.raises(InputError, match=message):
         own_arguments(folder, *(flag.replace("DIR", str(folder)) for flag in flags))
+
+
+def test_each_epoch_has_an_order_of_its_own():
+    # whole shares: the samples of all epochs are the same
+    sampler = MixtureSampler(Mixture(["a"] * 20 + ["b"] * 20, {"b": 2}), seed=3)
+    orders = []
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        orders.append(list(sampler))
+    assert len({tuple(sorted(order)) for order in orders}) == 1
+    assert len({tuple(order) for order in orders}) == 3
